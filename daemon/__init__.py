@@ -1,0 +1,1 @@
+"""The daemon's processes and commands: broker, keepers, ranks, and what starts them."""

@@ -1,0 +1,39 @@
+"""Who has to go so that something fits, and what to say when it cannot. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ...protocol import limits
+from ...protocol.errors import OutOfMemory
+from ...protocol.messages import Component
+from .copy import Copy
+
+
+def choose_victims(evictable: Iterable[Copy], missing: int) -> list[Copy] | None:
+    """The least recently used copies that together free ``missing`` bytes; None if too few."""
+    victims = []
+    for copy in sorted(evictable, key=lambda copy: copy.last_used):
+        if missing <= 0:
+            break
+        victims.append(copy)
+        missing -= copy.nbytes
+    return victims if missing <= 0 else None
+
+
+def explain_refusal(
+    component: Component, nbytes: int, device: str, free: int, copies: Iterable[Copy]
+) -> OutOfMemory:
+    """The error for ``nbytes`` that do not fit: who holds how much, and what can be done."""
+    leased = [
+        f"{copy.component.label} ({copy.nbytes} bytes, used by {', '.join(copy.holders)})"
+        for copy in copies
+        if copy.key.device == device and copy.leases
+    ]
+    held = f"; in use and not evictable: {'; '.join(leased[:8])}" if leased else ""
+    text = (
+        f"{component.label} needs {nbytes} bytes on {device}, {max(0, free)} can be had{held}. "
+        "Options: an fp8 file, fewer resident components, the text encoder on the CPU, a larger "
+        "budget, or another GPU"
+    )
+    return OutOfMemory(text[: limits.TEXT])

@@ -1,0 +1,440 @@
+"""Which components exist, who fills them, who leases them. A pure state machine.
+
+A copy of a component goes through these states::
+
+    allocating -> filling -> sealing -> resident -> freeing -> (gone)
+        |            |          |          |
+        |            |          |          +-- keeper lost while leased --> orphaned -> (gone)
+        +------------+----------+-- filler gone or refused --> freeing; a waiter starts anew
+
+There is never more than one copy of a key that is not freeing or orphaned: whoever hands over the
+same component meanwhile waits for it. Only unleased resident copies are evicted, least recently
+used first.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+
+from ...protocol import limits
+from ...protocol.errors import (
+    Busy,
+    DeviceUnavailable,
+    FillLost,
+    InUse,
+    ManifestMismatch,
+    SidecarError,
+    UnknownComponent,
+    UnknownDevice,
+)
+from ...protocol.manifest import check_manifest, region_bytes
+from ...protocol.messages import Component
+from . import events as e
+from .admission import choose_victims, explain_refusal
+from .copy import Copy
+
+
+class Catalog:
+    """Give events to :meth:`handle`, carry out the instructions that it returns.
+
+    ``devices`` are those that this daemon serves; each accepts hand-overs from its first
+    KeeperReady on. ``idle_seconds`` 0 keeps components until they are evicted for room.
+    ``new_id`` makes region and lease ids (32 hexadecimal digits, not guessable).
+    """
+
+    def __init__(
+        self,
+        devices: list[str],
+        *,
+        idle_seconds: float = 0.0,
+        new_id: Callable[[], str] = lambda: secrets.token_hex(16),
+    ) -> None:
+        self.budgets: dict[str, int | None] = dict.fromkeys(devices)  # None: no keeper
+        self.copies: dict[str, Copy] = {}  # by region, every state
+        self._current: dict[e.Key, Copy] = {}  # allocating … resident
+        self._lease_regions: dict[str, str] = {}
+        self._idle_seconds = idle_seconds
+        self._new_id = new_id
+
+    # --- what others may ask
+
+    def leases_of(self, session: str) -> int:
+        """How many leases a session holds."""
+        return sum(
+            asker.session == session
+            for copy in self.copies.values()
+            for asker in copy.leases.values()
+        )
+
+    def used(self, device: str) -> int:
+        """Bytes of a device's regions, orphans included.
+
+        Those being freed do not count: keepers work in order, so that the memory is back before
+        anything that is asked for now is allocated.
+        """
+        return sum(
+            copy.nbytes
+            for copy in self.copies.values()
+            if copy.key.device == device and copy.state != "freeing"
+        )
+
+    def fill_of(self, session: str, region: str) -> Copy:
+        """The copy that this session is filling. Raises UnknownComponent."""
+        copy = self.copies.get(region)
+        if copy is None or copy.state != "filling" or copy.filler != session:
+            raise UnknownComponent("no such region is being filled by this session")
+        return copy
+
+    # --- events
+
+    def handle(self, now: float, event: e.Event) -> list[e.Instruction]:
+        """Apply one event at monotonic time ``now`` (seconds)."""
+        return list(self._handle(now, event))
+
+    def _handle(self, now: float, event: e.Event) -> Iterator[e.Instruction]:
+        match event:
+            case e.HandOverAsked():
+                yield from self._hand_over(now, event)
+            case e.AttachAsked(asker, key):
+                yield from self._attach(now, asker, key)
+            case e.CommitAsked(asker, region):
+                yield from self._commit(asker, region)
+            case e.AbandonAsked(asker, region):
+                yield from self._abandon(now, asker, region)
+            case e.ReleaseAsked(asker, lease):
+                yield from self._release(now, asker, lease)
+            case e.EvictAsked(asker, key):
+                yield from self._evict_on_request(asker, key)
+            case e.RequestCancelled(asker):
+                yield from self._cancelled(now, asker)
+            case e.SessionEnded(session):
+                yield from self._session_ended(now, session)
+            case e.RegionAllocated(region):
+                yield from self._allocated(now, region)
+            case e.AllocationRefused(region, free, error):
+                yield from self._allocation_refused(region, free, error)
+            case e.RegionSealed(region):
+                yield from self._sealed(now, region)
+            case e.SealRefused(region, error):
+                yield from self._seal_refused(region, error)
+            case e.RegionFreed(region):
+                yield from self._freed(region)
+            case e.GrantUndelivered(lease):
+                yield from self._drop_lease(now, lease)
+            case e.KeeperReady(device, budget):
+                self.budgets[device] = budget
+            case e.KeeperLost(device):
+                yield from self._keeper_lost(device)
+            case e.Ticked():
+                yield from self._evict_idle(now)
+
+    # --- hand-over
+
+    def _hand_over(self, now: float, event: e.HandOverAsked) -> Iterator[e.Instruction]:
+        asker, key = event.asker, event.key
+        try:
+            self._check_device(key.device)
+            check_manifest(event.component.tensors)
+            if self.leases_of(asker.session) >= limits.LEASES_PER_SESSION:
+                raise Busy(f"this session holds {limits.LEASES_PER_SESSION} leases: release some")
+            if (copy := self._current.get(key)) is not None:
+                if copy.component.tensors != event.component.tensors:
+                    raise ManifestMismatch(
+                        f"{event.component.label}: this fingerprint was handed over with another "
+                        "table of tensors; a different dtype or loader needs its own fingerprint"
+                    )
+                if copy.state != "resident" and len(copy.waiters) >= limits.WAITERS_PER_COMPONENT:
+                    raise Busy(f"{copy.component.label}: too many clients wait for it already")
+            elif len(self.copies) >= limits.COMPONENTS:
+                raise Busy(f"the daemon holds {limits.COMPONENTS} components: evict some")
+        except SidecarError as error:
+            yield e.Refuse(asker, error)
+            return
+        if copy is None:
+            yield from self._begin(now, key, event.component, event.uid, asker)
+        elif copy.state == "resident":
+            yield self._lease(now, copy, asker)
+        else:
+            copy.waiters.append(asker)
+
+    def _begin(
+        self,
+        now: float,
+        key: e.Key,
+        component: Component,
+        uid: int,
+        asker: e.Asker,
+        waiters: list[e.Asker] | None = None,
+    ) -> Iterator[e.Instruction]:
+        """Admit a new copy with ``asker`` as its filler, evicting what nobody leases for room."""
+        nbytes = region_bytes(component.tensors)
+        budget = self.budgets[key.device] or 0
+        victims = self._victims(key.device, self.used(key.device) + nbytes - budget)
+        if victims is None:
+            error = self._no_memory(component, nbytes, key.device, budget - self.used(key.device))
+            for waiting in [asker, *(waiters or [])]:
+                yield e.Refuse(waiting, error)
+            return
+        for victim in victims:
+            yield from self._drop(victim, "budget")
+        copy = Copy(key, component, self._new_id(), nbytes, uid, last_used=now)
+        copy.filler, copy.answer_to, copy.waiters = asker.session, asker, waiters or []
+        self.copies[copy.region] = self._current[key] = copy
+        yield e.Allocate(key.device, copy.region, nbytes)
+
+    def _allocated(self, now: float, region: str) -> Iterator[e.Instruction]:
+        copy = self.copies.get(region)
+        if copy is None or copy.state != "allocating":
+            return
+        if copy.filler is None:
+            yield from self._restart_fill(now, copy)
+            return
+        copy.state = "filling"
+        if copy.answer_to is not None:
+            yield e.GrantFill(copy.answer_to, copy.key.device, copy.region, copy.nbytes)
+            copy.filled_for, copy.answer_to = copy.answer_to, None
+
+    def _allocation_refused(
+        self, region: str, free: int, error: SidecarError | None
+    ) -> Iterator[e.Instruction]:
+        copy = self.copies.get(region)
+        if copy is None or copy.state != "allocating":
+            return
+        device = copy.key.device
+        victims = None if copy.retried or error else self._victims(device, copy.nbytes - free)
+        if victims:
+            copy.retried = True
+            for victim in victims:
+                yield from self._drop(victim, "memory")
+            yield e.Allocate(device, region, copy.nbytes)
+            return
+        error = error or self._no_memory(copy.component, copy.nbytes, device, free)
+        self._forget(copy)
+        for asker in copy.askers:
+            yield e.Refuse(asker, error)
+
+    def _commit(self, asker: e.Asker, region: str) -> Iterator[e.Instruction]:
+        copy = self.copies.get(region)
+        if copy is None:
+            yield e.Refuse(
+                asker, FillLost("the region that was being filled is gone: hand over again")
+            )
+        elif copy.filler != asker.session or copy.state != "filling":
+            yield e.Refuse(asker, UnknownComponent("this session fills no such region"))
+        else:
+            copy.state, copy.answer_to = "sealing", asker
+            yield e.Seal(copy.key.device, region)
+
+    def _sealed(self, now: float, region: str) -> Iterator[e.Instruction]:
+        copy = self.copies.get(region)
+        if copy is None or copy.state != "sealing":
+            return
+        askers = copy.askers
+        copy.state, copy.filler, copy.last_used = "resident", None, now
+        copy.answer_to, copy.waiters = None, []
+        yield copy.note("component-resident")
+        for asker in askers:
+            yield self._lease(now, copy, asker)
+
+    def _seal_refused(self, region: str, error: SidecarError) -> Iterator[e.Instruction]:
+        copy = self.copies.get(region)
+        if copy is None or copy.state != "sealing":
+            return
+        copy.state = "filling"
+        if copy.answer_to is not None:
+            yield e.Refuse(copy.answer_to, error)
+            copy.answer_to = None
+
+    def _abandon(self, now: float, asker: e.Asker, region: str) -> Iterator[e.Instruction]:
+        try:
+            copy = self.fill_of(asker.session, region)
+        except UnknownComponent as error:
+            yield e.Refuse(asker, error)
+            return
+        yield from self._restart_fill(now, copy, confirm=asker)
+
+    def _restart_fill(
+        self, now: float, copy: Copy, confirm: e.Asker | None = None
+    ) -> Iterator[e.Instruction]:
+        """The filler is gone: drop its region, let the first waiter fill a fresh one.
+
+        Never the same region: the old filler may be alive and still have it mapped writable.
+        """
+        waiters = copy.waiters
+        copy.waiters = []
+        yield from self._drop(copy, "filler-gone", confirm)
+        if waiters:
+            yield from self._begin(now, copy.key, copy.component, copy.uid, waiters[0], waiters[1:])
+
+    # --- leases
+
+    def _attach(self, now: float, asker: e.Asker, key: e.Key) -> Iterator[e.Instruction]:
+        try:
+            self._check_device(key.device)
+        except SidecarError as error:
+            yield e.Refuse(asker, error)
+            return
+        copy = self._current.get(key)
+        if copy is None:
+            yield e.Refuse(asker, UnknownComponent("no such component is resident on this device"))
+        elif self.leases_of(asker.session) >= limits.LEASES_PER_SESSION:
+            yield e.Refuse(
+                asker, Busy(f"this session holds {limits.LEASES_PER_SESSION} leases: release some")
+            )
+        elif copy.state == "resident":
+            yield self._lease(now, copy, asker)
+        else:
+            # Someone fills it right now. It may fail; then the asker is not to become the filler,
+            # because it has only a fingerprint: it is told to hand over instead.
+            yield e.Refuse(
+                asker, UnknownComponent("the component is being filled and not resident yet")
+            )
+
+    def _lease(self, now: float, copy: Copy, asker: e.Asker) -> e.GrantLease:
+        lease = self._new_id()
+        copy.leases[lease] = asker
+        copy.last_used = now
+        self._lease_regions[lease] = copy.region
+        return e.GrantLease(asker, copy.key.device, copy.region, copy.nbytes, lease, copy.component)
+
+    def _release(self, now: float, asker: e.Asker, lease: str) -> Iterator[e.Instruction]:
+        copy = self.copies.get(self._lease_regions.get(lease, ""))
+        if copy is None or copy.leases[lease].session != asker.session:
+            yield e.Refuse(asker, UnknownComponent("this session holds no such lease"))
+            return
+        yield e.Confirm(asker)
+        yield from self._drop_lease(now, lease)
+
+    def _drop_lease(self, now: float, lease: str) -> Iterator[e.Instruction]:
+        copy = self.copies.get(self._lease_regions.pop(lease, ""))
+        if copy is None:
+            return
+        copy.leases.pop(lease, None)
+        copy.last_used = now
+        if copy.state == "orphaned" and not copy.leases:
+            self._forget(copy)
+            yield copy.note("orphan-gone")
+
+    def _session_ended(self, now: float, session: str) -> Iterator[e.Instruction]:
+        self._withdraw(lambda waiting: waiting.session == session)
+        for copy in list(self.copies.values()):
+            for lease in [lease for lease, a in copy.leases.items() if a.session == session]:
+                yield from self._drop_lease(now, lease)
+            if copy.filler != session:
+                continue
+            copy.answer_to = None
+            if copy.state == "filling":
+                yield from self._restart_fill(now, copy)
+            elif copy.state == "allocating":
+                copy.filler = None  # decided when the keeper has answered
+
+    def _cancelled(self, now: float, asker: e.Asker) -> Iterator[e.Instruction]:
+        """The asker gave up, perhaps while its answer was on the way: take back what it got."""
+        self._withdraw(lambda waiting: waiting == asker)
+        for copy in list(self.copies.values()):
+            for lease in [lease for lease, holder in copy.leases.items() if holder == asker]:
+                yield from self._drop_lease(now, lease)
+            if copy.state == "filling" and copy.filled_for == asker:
+                yield from self._restart_fill(now, copy)
+
+    def _withdraw(self, matches: Callable[[e.Asker], bool]) -> None:
+        """Forget askers that no longer wait."""
+        for copy in self._current.values():
+            copy.waiters = [waiting for waiting in copy.waiters if not matches(waiting)]
+            if copy.answer_to is not None and matches(copy.answer_to):
+                copy.answer_to = None
+                if copy.state == "allocating":
+                    copy.filler = None
+
+    # --- eviction
+
+    def _evict_on_request(self, asker: e.Asker, key: e.Key) -> Iterator[e.Instruction]:
+        copy = self._current.get(key)
+        if copy is None or copy.state != "resident":
+            yield e.Refuse(asker, UnknownComponent("no such component is resident on this device"))
+        elif copy.leases:
+            yield e.Refuse(
+                asker,
+                InUse(
+                    f"{copy.component.label} is used by {', '.join(copy.holders)}: close those "
+                    "clients or let them drop the model, then evict"
+                ),
+            )
+        else:
+            yield from self._drop(copy, "request", confirm=asker)
+
+    def _evict_idle(self, now: float) -> Iterator[e.Instruction]:
+        if not self._idle_seconds:
+            return
+        for copy in list(self._evictable()):
+            if now - copy.last_used >= self._idle_seconds:
+                yield from self._drop(copy, "idle")
+
+    def _evictable(self, device: str | None = None) -> Iterator[Copy]:
+        for copy in self._current.values():
+            wanted = device is None or copy.key.device == device
+            if wanted and copy.state == "resident" and not copy.leases:
+                yield copy
+
+    def _victims(self, device: str, missing: int) -> list[Copy] | None:
+        return choose_victims(self._evictable(device), missing)
+
+    def _drop(
+        self, copy: Copy, reason: str, confirm: e.Asker | None = None
+    ) -> Iterator[e.Instruction]:
+        """Free a copy's region; ``confirm`` is answered when the keeper has done so."""
+        copy.state, copy.filler, copy.answer_to = "freeing", None, confirm
+        self._current.pop(copy.key, None)
+        yield copy.note("component-dropped", reason=reason)
+        yield e.Free(copy.key.device, copy.region)
+
+    def _freed(self, region: str) -> Iterator[e.Instruction]:
+        copy = self.copies.pop(region, None)
+        if copy is not None and copy.answer_to is not None:
+            yield e.Confirm(copy.answer_to)
+
+    def _forget(self, copy: Copy) -> None:
+        """Remove a copy whose region no longer exists."""
+        self.copies.pop(copy.region, None)
+        if self._current.get(copy.key) is copy:
+            del self._current[copy.key]
+
+    # --- keepers
+
+    def _keeper_lost(self, device: str) -> Iterator[e.Instruction]:
+        self.budgets[device] = None
+        for copy in [copy for copy in self.copies.values() if copy.key.device == device]:
+            if copy.state == "orphaned":
+                continue
+            if copy.state == "freeing":
+                yield from self._freed(copy.region)
+                continue
+            self._forget(copy)
+            error = FillLost(
+                f"{copy.component.label}: the keeper of {device} died while the component was "
+                "handed over; hand it over again"
+            )
+            for asker in copy.askers:
+                yield e.Refuse(asker, error)
+            fillers = [copy.filler] if copy.filler else []
+            for session in [*copy.holders, *fillers]:
+                yield e.NotifyOrphaned(session, copy.region)
+            if copy.leases:
+                copy.state = "orphaned"
+                self.copies[copy.region] = copy
+                yield copy.note("component-orphaned", level="warning")
+
+    # --- helpers
+
+    def _check_device(self, device: str) -> None:
+        if device not in self.budgets:
+            served = ", ".join(self.budgets) or "none"
+            raise UnknownDevice(f"this daemon does not serve {device}; it serves {served}")
+        if self.budgets[device] is None:
+            raise DeviceUnavailable(
+                f"the keeper of {device} is not ready: `xdit-sidecar status` shows why"
+            )
+
+    def _no_memory(self, component: Component, nbytes: int, device: str, free: int) -> SidecarError:
+        return explain_refusal(component, nbytes, device, free, self.copies.values())

@@ -1,0 +1,50 @@
+"""One component on one device, as the catalog knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...protocol.messages import Component
+from . import events as e
+
+State = Literal["allocating", "filling", "sealing", "resident", "orphaned", "freeing"]
+
+
+@dataclass(slots=True)
+class Copy:
+    """A component's region and who has to do with it; times in seconds, sizes in bytes."""
+
+    key: e.Key
+    component: Component
+    region: str
+    nbytes: int
+    uid: int
+    state: State = "allocating"
+    filler: str | None = None  # session, until resident
+    answer_to: e.Asker | None = None  # the open request that the keeper's next answer decides
+    filled_for: e.Asker | None = None  # the hand-over that was answered with Fill
+    waiters: list[e.Asker] = field(default_factory=list)
+    leases: dict[str, e.Asker] = field(default_factory=dict)  # whose request each answered
+    last_used: float = 0.0
+    retried: bool = False  # an allocation is tried again once, after evicting
+
+    @property
+    def holders(self) -> list[str]:
+        """The sessions that lease it, sorted."""
+        return sorted({asker.session for asker in self.leases.values()})
+
+    @property
+    def askers(self) -> list[e.Asker]:
+        """Everyone who waits for an answer: the filler's request first."""
+        return ([self.answer_to] if self.answer_to else []) + self.waiters
+
+    def note(self, event: str, level: Literal["info", "warning"] = "info", **facts: str) -> e.Note:
+        """A line for the log about this copy."""
+        about: tuple[tuple[str, str | int], ...] = (
+            ("component", self.component.label),
+            ("role", self.component.role),
+            ("device", self.key.device),
+            ("bytes", self.nbytes),
+        )
+        return e.Note(event, (*about, *facts.items()), level)

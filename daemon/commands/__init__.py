@@ -1,0 +1,1 @@
+"""The command line: ``xdit-sidecar …``. One module per command group."""

@@ -1,0 +1,116 @@
+"""The keeper's loop: read a request, do it, answer."""
+
+from __future__ import annotations
+
+import argparse
+import select
+import signal
+import socket
+
+from ...protocol import codec, limits
+from ...protocol.errors import Internal, SidecarError
+from ...protocol.frames import FrameStream, StreamClosed
+from ...protocol.regions.base import DeviceFacts, NotEnoughMemory, RegionOwner
+from ...protocol.regions.cuda_driver import CudaError, CudaUnavailable
+from ...protocol.regions.cuda_ipc import CudaIpcOwner
+from ...protocol.regions.memfd import MemfdOwner
+from ..child import die_with_parent
+from . import messages as m
+
+
+def open_owner(device: str) -> RegionOwner:
+    """The owner of regions on ``device``: "cpu" or a GPU's UUID."""
+    return MemfdOwner() if device == "cpu" else CudaIpcOwner(device)
+
+
+def perform(owner: RegionOwner, body: object) -> tuple[m.KeeperAnswerBody, int | None]:
+    """Do what a request asks. Returns the answer and the descriptor that rides on it."""
+    match body:
+        case m.DescribeDevice():
+            return _report(owner.facts()), None
+        case m.AllocateRegion(region, nbytes, reserve):
+            facts = owner.facts()
+            if nbytes + reserve > facts.free:
+                return m.OutOfDeviceMemory(nbytes, max(0, facts.free - reserve), facts.total), None
+            owner.allocate(region, nbytes)
+            return _report(owner.facts()), None
+        case m.ExportRegion(region):
+            export = owner.export(region)
+            answer = m.Exported(export.handle, export.descriptor is not None)
+            return answer, export.descriptor
+        case m.SealRegion(region):
+            owner.seal(region)
+            return m.KeeperDone(), None
+        case m.FreeRegion(region):
+            owner.free(region)
+            return _report(owner.facts()), None
+        case m.ReadRegion(region, offset, length):
+            return m.RegionBytes(owner.read(region, offset, length)), None
+        case m.WriteRegion(region, offset, data):
+            owner.write(region, offset, data)
+            return m.KeeperDone(), None
+    raise Internal(f"the keeper does not know the request {type(body).__name__}")
+
+
+def answer(owner: RegionOwner, body: object) -> tuple[m.KeeperAnswerBody, int | None]:
+    """Like :func:`perform`, with every refusal as an answer instead of an exception."""
+    try:
+        return perform(owner, body)
+    except NotEnoughMemory as error:
+        return m.OutOfDeviceMemory(error.needed, error.free, owner.facts().total), None
+    except SidecarError as error:
+        return m.KeeperFailed(error.code, str(error)), None
+    except KeyError:
+        return m.KeeperFailed("unknown-component", "the keeper has no such region"), None
+    except (CudaError, OSError) as error:
+        return m.KeeperFailed("internal", f"the keeper could not do it: {error}"), None
+
+
+def serve(owner: RegionOwner, stream: FrameStream) -> None:
+    """Answer the broker until it closes the channel."""
+    poller = select.poll()
+    while True:
+        poller.register(stream, select.POLLIN | (select.POLLOUT if stream.has_unsent else 0))
+        poller.poll()
+        try:
+            stream.flush()
+            stream.read_available()
+            while (frame := stream.take_frame()) is not None:
+                request = codec.decode(frame, m.KeeperRequest, limit=limits.STREAM_FRAME)
+                body, descriptor = answer(owner, request.body)
+                stream.queue_frame(codec.encode(m.KeeperAnswer(request.id, body)), descriptor)
+            stream.flush()
+        except StreamClosed:
+            return
+
+
+def _report(facts: DeviceFacts) -> m.DeviceReport:
+    return m.DeviceReport(facts.name, facts.total, facts.free, facts.context)
+
+
+def main() -> int:
+    """Entry point of the keeper process."""
+    parser = argparse.ArgumentParser(prog="xdit-sidecar-keeper")
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--channel", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    arguments = parser.parse_args()
+    die_with_parent(arguments.parent)
+    # Ctrl-C in a terminal reaches the whole process group; the broker decides when keepers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stream = FrameStream(socket.socket(fileno=arguments.channel))
+    try:
+        owner = open_owner(arguments.device)
+    except (CudaError, CudaUnavailable) as error:
+        failed = m.KeeperAnswer(0, m.KeeperFailed("device-unavailable", str(error)))
+        stream.queue_frame(codec.encode(failed))
+        stream.flush()
+        stream.close()
+        return 1
+    try:
+        stream.queue_frame(codec.encode(m.KeeperAnswer(0, _report(owner.facts()))))
+        serve(owner, stream)
+    finally:
+        owner.close()
+        stream.close()
+    return 0

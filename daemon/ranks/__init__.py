@@ -1,0 +1,1 @@
+"""Rank processes: the only part of the daemon that imports torch."""

@@ -1,0 +1,7 @@
+"""``python -m xdit_sidecar.daemon.ranks``: started by the broker, never by hand."""
+
+import sys
+
+from .process import main
+
+sys.exit(main())

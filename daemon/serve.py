@@ -1,0 +1,88 @@
+"""Running a broker until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import gc
+import logging
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+
+from ..protocol.endpoints import Endpoints, RuntimeDirError, why_not_private
+from .broker.broker import Broker
+from .broker.log import log
+from .settings import Settings
+
+
+@contextlib.contextmanager
+def exclusive_runtime_dir(endpoints: Endpoints, *, shared: bool) -> Iterator[None]:
+    """Make the runtime directory ours alone for the length of the block.
+
+    Raises RuntimeDirError when it belongs to someone else, is open to others, or another daemon
+    serves it.
+    """
+    directory, mode = endpoints.directory, 0o711 if shared else 0o700
+    try:
+        directory.mkdir(mode=mode, parents=True, exist_ok=True)
+        if shared:
+            directory.chmod(mode)
+        if (problem := why_not_private(directory, owner=os.geteuid(), loosest=mode)) is not None:
+            raise RuntimeDirError(
+                f"{problem}: others could stand between the daemon and its clients; "
+                f"`chmod {mode:o}` it or choose another with --runtime-dir"
+            )
+        lock = os.open(endpoints.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise RuntimeDirError(f"cannot use {directory} as runtime directory: {error}") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+            raise RuntimeDirError(
+                f"a daemon (pid {holder}) serves {directory} already: use it, stop it, or choose "
+                "another directory with --runtime-dir"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        yield
+        # Removed while still locked; a daemon that waits for nothing finds a new one.
+        endpoints.lock.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+async def _run(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    broker = Broker(settings)
+    broker.start()
+    log(
+        "serving",
+        directory=str(settings.endpoints.directory),
+        devices=",".join(settings.devices),
+        ranks=settings.ranks,
+        pid=os.getpid(),
+    )
+    try:
+        await stop.wait()
+        log("stopping")
+    finally:
+        broker.close()
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; afterwards no process, socket or memory of it remains."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    gc.freeze()
+    with exclusive_runtime_dir(settings.endpoints, shared=settings.shared):
+        asyncio.run(_run(settings))

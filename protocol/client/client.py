@@ -1,0 +1,354 @@
+"""The client: hand components over, attach them, ask for status. Blocking and thread-safe."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import zmq
+
+from .. import codec, limits
+from .. import messages as m
+from ..endpoints import resolve_runtime_dir
+from ..errors import (
+    BadMessage,
+    DaemonAbsent,
+    DaemonLost,
+    DeviceUnavailable,
+    FillLost,
+    SidecarError,
+    Unauthorized,
+    UnknownComponent,
+    error_from_code,
+)
+from ..regions.table import process_regions
+from .attachment import Attachment
+from .deadline import Deadline, ShouldCancel
+from .fill import OpenFill, RegionWriter
+from .identity import describe_process
+from .session import Channel, ClientSession
+
+Fill = Callable[[RegionWriter], None]
+Body = TypeVar("Body")
+
+_RETRY_SECONDS = 15.0  # how long a daemon or keeper may take to come back during one hand-over
+_RETRY_PAUSE_SECONDS = 0.1
+_LetGo = tuple[m.RegionGrant, str, ClientSession]
+
+
+class Client:
+    """Connects when first used, and again after the daemon restarted.
+
+    Every call takes ``timeout`` (seconds) and ``should_cancel``; see :class:`.deadline.Deadline`.
+    All errors are :class:`~..errors.SidecarError`; ``retryable`` ones may go away by themselves.
+    """
+
+    def __init__(
+        self,
+        runtime_dir: str | os.PathLike[str] | None = None,
+        *,
+        name: str = "client",
+        host: str | None = None,
+        dynamic_vram: bool | None = None,
+    ) -> None:
+        self.endpoints = resolve_runtime_dir(runtime_dir)
+        self._describe: Callable[[], m.Hello] = lambda: describe_process(
+            name, host=host, dynamic_vram=dynamic_vram
+        )
+        self._context: zmq.Context[Channel] = zmq.Context()
+        self._lock = threading.Lock()
+        self._session: ClientSession | None = None
+        self._closed = False
+        self._ids = itertools.count(1)
+        self._attachments: weakref.WeakValueDictionary[int, Attachment] = (
+            weakref.WeakValueDictionary()
+        )
+        self._let_go: queue.SimpleQueue[_LetGo | None] = queue.SimpleQueue()
+        self._releaser: threading.Thread | None = None
+
+    # --- questions
+
+    def ping(self, *, timeout: float = 5.0, should_cancel: ShouldCancel | None = None) -> str:
+        """The daemon's boot id: a new one after every restart."""
+        return self._request(m.Ping(), m.Pong, Deadline(timeout, should_cancel)).boot_id
+
+    def status(
+        self, *, timeout: float = 5.0, should_cancel: ShouldCancel | None = None
+    ) -> m.Status:
+        """What is resident, where, how big, shared by whom."""
+        return self._request(m.GetStatus(), m.Status, Deadline(timeout, should_cancel))
+
+    def devices(self, *, timeout: float = 5.0) -> list[str]:
+        """The devices that the daemon serves: "cpu" or GPU UUIDs."""
+        return self.session(Deadline(timeout)).welcome.devices
+
+    def evict(self, fingerprint: str, device: str, *, timeout: float = 5.0) -> None:
+        """Free an unleased component. Raises InUse or UnknownComponent."""
+        evict = m.Evict(device=device, fingerprint=fingerprint)
+        self._request(evict, m.Done, Deadline(timeout))
+
+    def echo(
+        self,
+        frames: Sequence[bytes],
+        *,
+        timeout: float = 10.0,
+        should_cancel: ShouldCancel | None = None,
+    ) -> list[bytes]:
+        """Send raw frames over the bulk socket and get them back."""
+        deadline = Deadline(timeout, should_cancel)
+        session = self.session(deadline)
+        request = m.BulkRequest(session.welcome.token, next(self._ids), m.Echo())
+        with session.bulk.channel() as channel:
+            channel.send_multipart([codec.encode(request), *frames], copy=False)
+            header, *back = _receive(channel, session, deadline)
+            answer = codec.decode(header, m.BulkAnswer, limit=limits.STREAM_FRAME)
+        if isinstance(answer.body, m.Failed):
+            raise error_from_code(answer.body.code, answer.body.message)
+        return back
+
+    # --- components
+
+    def attach(
+        self,
+        fingerprint: str,
+        device: str,
+        *,
+        timeout: float = 10.0,
+        should_cancel: ShouldCancel | None = None,
+    ) -> Attachment | None:
+        """The component if it is resident there, otherwise None. Nothing is read or copied."""
+        deadline = Deadline(timeout, should_cancel)
+        session = self.session(deadline)
+        try:
+            answer = self._ask(
+                session, m.Attach(device=device, fingerprint=fingerprint), m.Attached, deadline
+            )
+        except UnknownComponent:
+            return None
+        return self._attached(session, answer, deadline)
+
+    def hand_over(
+        self,
+        component: m.Component,
+        device: str,
+        fill: Fill,
+        *,
+        timeout: float = 120.0,
+        should_cancel: ShouldCancel | None = None,
+    ) -> Attachment:
+        """Make the component resident, or attach it if someone made it so already.
+
+        ``fill`` is called only if this process is the one to copy the tensors in; it may be called
+        again if the daemon or its keeper dies meanwhile. Of several clients that hand over the same
+        component at once one fills and the others wait.
+        """
+        deadline = Deadline(timeout, should_cancel)
+        self.session(deadline)  # a daemon that is not there at all is told at once
+        give_up = time.monotonic() + min(timeout, _RETRY_SECONDS)
+        while True:
+            try:
+                return self._hand_over_once(component, device, fill, deadline)
+            except (FillLost, DaemonLost, DaemonAbsent, DeviceUnavailable) as error:
+                if time.monotonic() > give_up or not deadline.remaining:
+                    raise
+                failed = error
+            deadline.next_wait(f"handing over {component.label} ({failed})")
+            time.sleep(_RETRY_PAUSE_SECONDS)
+
+    def renew(
+        self,
+        attachment: Attachment,
+        *,
+        timeout: float = 120.0,
+        should_cancel: ShouldCancel | None = None,
+    ) -> Attachment:
+        """A new attachment of the same component, after the keeper of the old one died.
+
+        Refilled from this process's mapping unless another client was faster. The caller points
+        its parameters at the new tensors and releases the old attachment; when everyone has done
+        so there is one copy again.
+        """
+        mapping = attachment.mapping
+        return self.hand_over(
+            attachment.component,
+            attachment.device,
+            lambda writer: writer.copy_region(mapping),
+            timeout=timeout,
+            should_cancel=should_cancel,
+        )
+
+    def open_fill(
+        self,
+        component: m.Component,
+        device: str,
+        *,
+        timeout: float = 30.0,
+        should_cancel: ShouldCancel | None = None,
+    ) -> OpenFill:
+        """Begin to fill a component that nobody else has; for callers that do it step by step."""
+        deadline = Deadline(timeout, should_cancel)
+        session = self.session(deadline)
+        hand_over = m.HandOver(device=device, component=component)
+        answer = self._ask(session, hand_over, m.Fill, deadline)
+        return OpenFill(self._ask, session, component, answer.grant, deadline)
+
+    # --- connection
+
+    def session(self, deadline: Deadline) -> ClientSession:
+        """The open session, or a new one. Raises DaemonAbsent, NotAllowed, VersionMismatch…"""
+        with self._lock:
+            if self._closed:
+                raise DaemonLost("this client is closed")
+            if self._session is None or self._session.lost.is_set():
+                hello = self._describe()
+                self._session = ClientSession.open(
+                    self.endpoints, hello, self._context, deadline, self._orphaned
+                )
+            return self._session
+
+    def close(self) -> None:
+        """End the session and its leases. What is mapped stays mapped while tensors view it."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            session, releaser = self._session, self._releaser
+        if releaser is not None:
+            self._let_go.put(None)
+            releaser.join()
+        if session is not None:
+            session.close()
+        self._context.term()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- requests
+
+    def _request(self, body: m.RequestBody, expected: type[Body], deadline: Deadline) -> Body:
+        return self._ask(self.session(deadline), body, expected, deadline)
+
+    def _ask(
+        self,
+        session: ClientSession,
+        body: m.RequestBody,
+        expected: type[Body],
+        deadline: Deadline,
+    ) -> Body:
+        answer = self._exchange(session, body, deadline)
+        if not isinstance(answer, expected):
+            raise BadMessage(f"the daemon answered with a {type(answer).__name__}")
+        return answer
+
+    def _exchange(
+        self, session: ClientSession, body: m.RequestBody, deadline: Deadline
+    ) -> m.AnswerBody:
+        """One request and its answer; refusals are raised."""
+        request = next(self._ids)
+        with session.control.channel() as channel:
+            channel.send(codec.encode(m.Request(session.welcome.token, request, body)))
+            try:
+                (frame,) = _receive(channel, session, deadline)
+            except BaseException:
+                # Whatever stopped the wait: the daemon must not answer it later with a lease.
+                self._withdraw(session, request)
+                raise
+            answer = codec.decode(frame, m.Answer, limit=limits.CONTROL_FRAME).body
+        if not isinstance(answer, m.Failed):
+            return answer
+        error = error_from_code(answer.code, answer.message)
+        if isinstance(error, Unauthorized) and session.lost.wait(1.0):
+            raise session.why_lost
+        raise error
+
+    def _withdraw(self, session: ClientSession, request: int) -> None:
+        if session.lost.is_set():
+            return
+        with contextlib.suppress(SidecarError, zmq.ZMQError):
+            self._ask(session, m.CancelRequest(request), m.Done, Deadline(1.0))
+
+    # --- hand-over
+
+    def _hand_over_once(
+        self, component: m.Component, device: str, fill: Fill, deadline: Deadline
+    ) -> Attachment:
+        session = self.session(deadline)
+        hand_over = m.HandOver(device=device, component=component)
+        answer = self._exchange(session, hand_over, deadline)
+        if isinstance(answer, m.Attached):
+            return self._attached(session, answer, deadline)
+        if not isinstance(answer, m.Fill):
+            raise BadMessage(f"the daemon answered with a {type(answer).__name__}")
+        with OpenFill(self._ask, session, component, answer.grant, deadline) as opened:
+            if opened.writer is not None:
+                fill(opened.writer)
+            return self._attached(session, opened.commit(), deadline)
+
+    def _attached(
+        self, session: ClientSession, answer: m.Attached, deadline: Deadline
+    ) -> Attachment:
+        grant = answer.grant
+        try:
+            descriptor = (
+                None
+                if grant.descriptor is None
+                else session.take_descriptor(grant.descriptor, deadline)
+            )
+            mapping = process_regions.acquire(grant, descriptor)
+        except BaseException:
+            with contextlib.suppress(SidecarError, zmq.ZMQError):
+                self._ask(session, m.Release(answer.lease), m.Done, Deadline(1.0))
+            raise
+        self._start_releaser()
+        lease = (grant, answer.lease, session)
+        attachment = Attachment(answer.component, grant, mapping, lambda: self._put_down(lease))
+        self._attachments[id(attachment)] = attachment
+        return attachment
+
+    def _orphaned(self, region: str) -> None:
+        for attachment in list(self._attachments.values()):
+            if attachment.region == region:
+                attachment.orphaned.set()
+
+    # --- giving back
+
+    def _start_releaser(self) -> None:
+        with self._lock:
+            if self._releaser is None:
+                self._releaser = threading.Thread(
+                    target=self._release_regions, name="xdit-sidecar-release", daemon=True
+                )
+                self._releaser.start()
+
+    def _put_down(self, lease: _LetGo) -> None:
+        """The last view of an attachment is gone. Runs wherever Python collects garbage."""
+        if self._closed:
+            process_regions.release_later(lease[0])
+        else:
+            self._let_go.put(lease)
+
+    def _release_regions(self) -> None:
+        while (lease := self._let_go.get()) is not None:
+            grant, lease_id, session = lease
+            # Unmap first: the daemon may free the region as soon as the lease is gone.
+            process_regions.release(grant)
+            if not session.lost.is_set():
+                with contextlib.suppress(SidecarError, zmq.ZMQError):
+                    self._ask(session, m.Release(lease_id), m.Done, Deadline(5.0))
+
+
+def _receive(channel: Channel, session: ClientSession, deadline: Deadline) -> list[bytes]:
+    while not channel.poll(max(1, int(deadline.next_wait("waiting for the daemon") * 1000))):
+        if session.lost.is_set():
+            raise session.why_lost
+    return channel.recv_multipart()

@@ -1,0 +1,51 @@
+"""Every bound of the protocol in one place.
+
+Sizes are in bytes, times in seconds. A peer that exceeds a bound gets a typed error or loses its
+connection; it never makes the daemon allocate more than these numbers allow.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+# ZeroMQ. One control message is one frame; bulk messages are a header and up to BULK_PARTS - 1
+# raw frames. libzmq drops the connection of a peer whose frame announces more than FRAME bytes.
+CONTROL_FRAME: Final = 2 * MIB
+BULK_FRAME: Final = 64 * MIB
+CONTROL_PARTS: Final = 1
+BULK_PARTS: Final = 16
+BULK_MESSAGE: Final = 256 * MIB
+CONTROL_QUEUE: Final = 32  # messages that may wait in either direction of one connection
+BULK_QUEUE: Final = 8
+CONNECTIONS: Final = 1024  # ZeroMQ connections at once, per socket
+UNREAD_MEMORY: Final = 512 * MIB  # growth of the broker above which connections are shed
+
+# Session streams. Descriptors ride on frames; control work goes over ZeroMQ, so frames are small.
+STREAM_FRAME: Final = 64 * KIB
+STREAM_BACKLOG: Final = 256 * KIB  # unsent bytes after which a peer that never reads is dropped
+DESCRIPTORS_PER_FRAME: Final = 1
+SESSIONS: Final = 256
+UNGREETED_SESSIONS: Final = 64  # accepted streams that have not said hello yet
+HELLO_SECONDS: Final = 5.0
+REQUESTS_IN_FLIGHT: Final = 64  # unanswered requests of one session
+
+# Contents of messages.
+NESTING: Final = 8  # containers inside containers, counted from the message itself
+TENSORS: Final = 8192  # per manifest: T5-XXL has 219, a FLUX transformer 780
+DIMENSIONS: Final = 8
+NAME: Final = 256  # tensor and file names, in characters
+TEXT: Final = 1024  # labels, versions, error messages
+REGION: Final = 1 << 42  # 4 TiB: more than any device of today
+REGION_GRANULE: Final = 2 * MIB
+TENSOR_ALIGNMENT: Final = 512
+PROBE: Final = 4 * KIB
+COMPONENTS: Final = 1024
+LEASES_PER_SESSION: Final = 1024
+WAITERS_PER_COMPONENT: Final = 256
+
+# safetensors headers (the format's own bound is 100 MB).
+SAFETENSORS_HEADER: Final = 100_000_000

@@ -1,0 +1,128 @@
+"""The two sides of a region: who owns the memory, and who maps it."""
+
+from __future__ import annotations
+
+import abc
+from typing import NamedTuple
+
+from ..errors import ProbeFailed
+from ..messages import RegionKind
+
+
+class DeviceFacts(NamedTuple):
+    """What an owner knows of its device. Sizes in bytes."""
+
+    name: str
+    total: int
+    free: int
+    context: int  # what owning regions costs by itself (a CUDA context)
+
+
+class Export(NamedTuple):
+    """How a region travels to a lease holder: one of the two is set."""
+
+    handle: bytes | None = None
+    descriptor: int | None = None
+
+
+class NotEnoughMemory(Exception):
+    """The device refused an allocation."""
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(f"{needed} bytes needed, {free} free")
+        self.needed = needed
+        self.free = free
+
+
+class RegionOwner(abc.ABC):
+    """Holds the regions of one device, through the system or driver alone. Single-threaded."""
+
+    kind: RegionKind
+
+    @abc.abstractmethod
+    def facts(self) -> DeviceFacts:
+        """Name and memory of the device, now."""
+
+    @abc.abstractmethod
+    def allocate(self, region: str, nbytes: int) -> None:
+        """Make a region. Raises :class:`NotEnoughMemory`."""
+
+    @abc.abstractmethod
+    def export(self, region: str) -> Export:
+        """What a lease holder needs to map it; writable until it is sealed."""
+
+    @abc.abstractmethod
+    def seal(self, region: str) -> None:
+        """No more writes. Raises :class:`~..errors.StillMapped` where the system can tell."""
+
+    @abc.abstractmethod
+    def free(self, region: str) -> None:
+        """Give the memory back. Unknown regions are ignored."""
+
+    @abc.abstractmethod
+    def read(self, region: str, offset: int, length: int) -> bytes:
+        """Bytes of a region, for probes."""
+
+    @abc.abstractmethod
+    def write(self, region: str, offset: int, data: bytes) -> None:
+        """Overwrite bytes of a region that is not sealed, for probes."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free everything."""
+
+
+class RegionMapping(abc.ABC):
+    """A region opened in this process.
+
+    ``address`` is where it starts; ``on_host`` tells whether the CPU can read it there. Safe to
+    close from any thread, once no view of it is left.
+    """
+
+    address: int
+    nbytes: int
+    on_host: bool
+    ordinal: int  # of the CUDA device, 0 for host regions
+
+    @abc.abstractmethod
+    def synchronize(self) -> None:
+        """Wait until everything that this process had queued on the device is done."""
+
+    @abc.abstractmethod
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of the region as this process sees them."""
+
+    @abc.abstractmethod
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Overwrite bytes, at the latest when :meth:`synchronize` returns."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Synchronise and unmap. Safe to call twice."""
+
+
+class MappingBytes:
+    """The bytes of a mapping for numpy and torch; whoever views it keeps it alive.
+
+    Both array interfaces declare the memory writable even when it is mapped read-only: torch has
+    no read-only tensors, and a write to a sealed region ends in SIGSEGV, never in a copy.
+    """
+
+    def __init__(self, mapping: RegionMapping) -> None:
+        self.mapping = mapping
+        interface = {
+            "shape": (mapping.nbytes,),
+            "typestr": "|u1",
+            "data": (mapping.address, False),
+            "version": 3,
+        }
+        if mapping.on_host:
+            self.__array_interface__ = interface
+        else:
+            self.__cuda_array_interface__ = interface
+
+
+def check_range(offset: int, length: int, nbytes: int) -> None:
+    """Raise ProbeFailed unless [offset, offset + length) lies inside a region of ``nbytes``."""
+    if offset < 0 or length < 0 or offset + length > nbytes:
+        raise ProbeFailed(f"bytes {offset} to {offset + length} of a region of {nbytes}")
