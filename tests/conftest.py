@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import hypothesis
 import leaks
+import platforms
 import pytest
+from daemon_process import DaemonProcess, running_daemon
+from xdit_sidecar.protocol.regions.cuda_driver import CudaDriver
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest_plugins = ["pytester"]
@@ -31,6 +35,27 @@ def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     found = leaks.find_leaks(before)
     if found:
         pytest.fail("left behind:\n" + "\n".join(f"  {line}" for line in found), pytrace=False)
+
+
+@pytest.fixture(params=platforms.PLATFORMS)
+def platform(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[platforms.Platform]:
+    """Each device that regions can lie on, with this process set up for it."""
+    made = platforms.make_platform(request.param, tmp_path)
+    for name, value in made.environment.items():
+        monkeypatch.setenv(name, value)
+    yield made
+    if made.name == "fake-cuda":
+        gc.collect()  # views of regions that a failed test left in its traceback
+        CudaDriver.load().release_primary_context(0)
+
+
+@pytest.fixture
+def daemon(platform: platforms.Platform, tmp_path: Path) -> Iterator[DaemonProcess]:
+    """A real daemon that serves the platform's device, and host memory."""
+    with running_daemon(tmp_path, device=platform.option) as running:
+        yield running
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,61 @@
+"""The command tree."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ... import __version__
+from ...protocol.errors import DaemonAbsent, SidecarError
+from ..devices import NoDevice
+from ..settings import SettingsError
+from .serve import serve_command
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_NO_DAEMON = 3
+
+app = typer.Typer(
+    name="xdit-sidecar",
+    help="Keeps xDiT ranks and shared model components resident on the GPUs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Keeps xDiT ranks and shared model components resident on the GPUs."""
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command. Known errors become one line on standard error and an exit status."""
+    try:
+        app(arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else EXIT_FAILED
+    except DaemonAbsent as error:
+        return _tell(error, EXIT_NO_DAEMON)
+    except (SettingsError, NoDevice) as error:
+        return _tell(error, EXIT_USAGE)
+    except SidecarError as error:
+        return _tell(error, EXIT_FAILED)
+    return 0
+
+
+def _tell(error: Exception, status: int) -> int:
+    print(f"xdit-sidecar: {error}", file=sys.stderr)
+    return status
