@@ -157,6 +157,12 @@ class RegionUnavailable(SidecarError):
     code = "region-unavailable"
 
 
+class BadFile(SidecarError):
+    """A weights file is not there, not readable, damaged or of another kind."""
+
+    code = "bad-file"
+
+
 def _all_subclasses(base: type[SidecarError]) -> list[type[SidecarError]]:
     found = []
     for cls in base.__subclasses__():

@@ -175,7 +175,9 @@ class Broker:
             request = codec.decode(frames[0].buffer, m.Request, limit=limits.CONTROL_FRAME)
             request_id = request.id
             session = self.sessions.authorize(request.token, peer)
-            self.sessions.begin_request(session, request.id)
+            if not isinstance(request.body, m.CancelRequest):
+                # Cancelling must work when no further request is accepted; it is answered at once.
+                self.sessions.begin_request(session, request.id)
             asker = e.Asker(session.name, request.id)
             self._routes[asker] = (router, route)
             self._perform(session, asker, request.body)

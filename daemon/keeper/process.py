@@ -16,11 +16,19 @@ from ...protocol.regions.cuda_ipc import CudaIpcOwner
 from ...protocol.regions.memfd import MemfdOwner
 from ..child import die_with_parent
 from . import messages as m
+from .nvml import used_bytes
 
 
 def open_owner(device: str) -> RegionOwner:
     """The owner of regions on ``device``: "cpu" or a GPU's UUID."""
-    return MemfdOwner() if device == "cpu" else CudaIpcOwner(device)
+    if device == "cpu":
+        return MemfdOwner()
+    before = used_bytes(device)
+    owner = CudaIpcOwner(device)
+    after = used_bytes(device)
+    if before is not None and after is not None:
+        owner.context_bytes = max(0, after - before)
+    return owner
 
 
 def perform(owner: RegionOwner, body: object) -> tuple[m.KeeperAnswerBody, int | None]:

@@ -31,15 +31,14 @@ class CudaIpcOwner(RegionOwner):
         self._driver = CudaDriver.load()
         self._ordinal = self._driver.ordinal_of(uuid)
         self._regions: dict[str, tuple[int, int]] = {}
-        # No context exists yet, so free memory cannot be asked before the first one is made; the
-        # second retain costs nothing, so the difference is unknown to the driver. NVML would know,
-        # but is one more library: the context's cost is measured by the health-check instead.
+        self.context_bytes = 0  # told by whoever measured it; the driver itself cannot say
         with self._driver.context(self._ordinal):
             self._driver.synchronize()
 
     def facts(self) -> DeviceFacts:
         free, total = self._driver.memory_info(self._ordinal)
-        return DeviceFacts(self._driver.device_name(self._ordinal), total, free, 0)
+        name = self._driver.device_name(self._ordinal)
+        return DeviceFacts(name, total, free, self.context_bytes)
 
     def allocate(self, region: str, nbytes: int) -> None:
         with self._driver.context(self._ordinal):

@@ -1,0 +1,134 @@
+"""One component of a safetensors file, handed over straight from the file."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from . import limits
+from .client.attachment import Attachment
+from .client.client import Client
+from .client.deadline import ShouldCancel
+from .client.fill import RegionWriter
+from .errors import BadFile
+from .fingerprint import fingerprint_file
+from .manifest import TensorSpec, lay_out
+from .messages import Component
+from .regions.views import torch_dtype
+from .safetensors_file import FileTensor, SafetensorsFile
+
+if TYPE_CHECKING:
+    import torch
+
+# Converting these changes the precision and nothing else; integers and fp8 have scales beside them.
+_CONVERTIBLE = ("F64", "F32", "F16", "BF16")
+
+
+class ComponentFile:
+    """The tensors of ``file`` whose names begin with ``prefix``, as one component.
+
+    ``component`` has their names without the prefix ("first_stage_model." selects the VAE of a
+    whole checkpoint). ``dtype`` ("F32", "F16", "BF16"; None: as stored) is what floating tensors
+    are converted to on the way; only where it differs from the file's is torch needed.
+    ``bytes_read`` counts the bytes of weights that were read. Raises BadFile.
+    """
+
+    def __init__(
+        self,
+        file: SafetensorsFile,
+        *,
+        role: str,
+        label: str | None = None,
+        prefix: str = "",
+        dtype: str | None = None,
+    ) -> None:
+        if dtype is not None and dtype not in _CONVERTIBLE:
+            raise BadFile(
+                f"weights cannot be converted to {dtype!r}: choose from {', '.join(_CONVERTIBLE)}"
+            )
+        self.file = file
+        self.bytes_read = 0
+        self._sources = [t for t in file.tensors if t.spec.name.startswith(prefix)]
+        if not self._sources:
+            begins = f" whose name begins with {prefix!r}" if prefix else ""
+            raise BadFile(f"{file.label!r} has no tensor{begins}; it cannot be the {role}")
+        if any(t.spec.name == prefix for t in self._sources):
+            raise BadFile(f"{file.label!r}: the prefix {prefix!r} is itself a tensor's name")
+        specs = [
+            msgspec.structs.replace(
+                spec, name=spec.name.removeprefix(prefix), dtype=_converted(spec.dtype, dtype)
+            )
+            for spec, _ in self._sources
+        ]
+        # A file that has the wanted dtype already is the same component as one read as it is.
+        changes = any(new.dtype != t.spec.dtype for new, t in zip(specs, self._sources, strict=True))
+        self.component = Component(
+            fingerprint=fingerprint_file(file, dtype if changes else None, prefix),
+            role=role,
+            label=(label if label is not None else file.label)[: limits.NAME],
+            tensors=lay_out(specs),
+        )
+
+    def fill(self, writer: RegionWriter) -> None:
+        """Read the weights into the region that ``writer`` has open for this component.
+
+        Raises BadFile if the file cannot be read or is written meanwhile: such a fill must not be
+        committed.
+        """
+        try:
+            for source, target in zip(self._sources, self.component.tensors, strict=True):
+                if source.spec.dtype == target.dtype:
+                    writer.read_file(
+                        self.file.descriptor, source.position, target.offset, target.nbytes
+                    )
+                else:
+                    self._convert(writer, source, target)
+                self.bytes_read += source.spec.nbytes
+        except EOFError:
+            self.file.check_unchanged()
+            raise
+        except OSError as error:
+            raise BadFile(
+                f"reading {self.file.label!r} failed: {os.strerror(error.errno or 0)}"
+            ) from None
+        self.file.check_unchanged()
+
+    def _convert(self, writer: RegionWriter, source: FileTensor, target: TensorSpec) -> None:
+        import torch
+
+        if not source.spec.nbytes:
+            return
+        data = bytearray(source.spec.nbytes)
+        read_exactly(self.file.descriptor, source.position, memoryview(data))
+        stored = torch.frombuffer(data, dtype=torch_dtype(source.spec.dtype))
+        view: torch.Tensor = writer.tensors()[target.name]
+        view.copy_(stored.reshape(source.spec.shape))
+
+
+def hand_over_file(
+    client: Client,
+    file: ComponentFile,
+    device: str,
+    *,
+    timeout: float = 120.0,
+    should_cancel: ShouldCancel | None = None,
+) -> Attachment:
+    """Attach the component if it is resident; else make it so. Errors of Client.hand_over.
+
+    Where somebody has it already only the file's header was read. ``device`` is "cpu" or a GPU's
+    UUID, ``timeout`` in seconds.
+    """
+    found = client.attach(
+        file.component.fingerprint, device, timeout=timeout, should_cancel=should_cancel
+    )
+    if found is not None:
+        return found
+    return client.hand_over(
+        file.component, device, file.fill, timeout=timeout, should_cancel=should_cancel
+    )
+
+
+def _converted(stored: str, wanted: str | None) -> str:
+    return wanted if wanted is not None and stored in _CONVERTIBLE else stored

@@ -1,0 +1,68 @@
+"""Client processes for tests, told what to do over a pipe, killed at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+_PROGRAM = Path(__file__).with_name("client_program.py")
+
+
+class ClientProcess:
+    """A process with one client; ``call`` runs one of the program's commands in it."""
+
+    def __init__(self, runtime_dir: Path, name: str = "client") -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(_PROGRAM), str(runtime_dir), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, command: str, **arguments: object) -> None:
+        """Start a command without waiting for it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([command, arguments]) + "\n")
+        self._process.stdin.flush()
+
+    def receive(self) -> object:
+        """What the oldest command that was sent returned; AssertionError with what it raised."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the client process ended"
+        ok, value = json.loads(line)
+        assert ok, value
+        return value
+
+    def call(self, command: str, **arguments: object) -> object:
+        """Run a command and wait for it."""
+        self.send(command, **arguments)
+        return self.receive()
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal; after SIGKILL the process is reaped."""
+        self._process.send_signal(number)
+        if number == signal.SIGKILL:
+            self.__exit__()
+
+    def __enter__(self) -> ClientProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
