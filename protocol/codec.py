@@ -23,9 +23,15 @@ def _refuse_extension(code: int, data: bytes) -> Any:
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """One message as MessagePack bytes."""
+    """One message as MessagePack bytes.
+
+    Raises :class:`~.errors.BadMessage` for text that is not Unicode (a file name in no encoding).
+    """
     builtins = msgspec.to_builtins(message, builtin_types=(bytes,))
-    packed: bytes = msgpack.packb(builtins, use_bin_type=True)
+    try:
+        packed: bytes = msgpack.packb(builtins, use_bin_type=True)
+    except UnicodeEncodeError:
+        raise BadMessage(f"a text of {type(message).__name__} is not valid Unicode") from None
     return packed
 
 
@@ -66,11 +72,19 @@ def decode(data: bytes | memoryview, kind: Any, *, limit: int) -> Any:
         # and, for some malformed input, TypeError; all mean the same to the peer.
         raise BadMessage(f"not a MessagePack message: {_describe(error)}") from None
     try:
-        return msgspec.convert(tree, kind, strict=True)
+        # builtin_types: bytes are bytes here, never base64 text.
+        return msgspec.convert(tree, kind, strict=True, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
-        raise BadMessage(f"not a valid message: {error}") from None
+        raise BadMessage(f"not a valid message: {_without_value(str(error))}") from None
     except RecursionError:
         raise BadMessage("not a valid message: nested too deeply") from None
+
+
+def _without_value(text: str) -> str:
+    """msgspec quotes an unknown tag or choice; the peer's text has no place in errors and logs."""
+    if not text.startswith("Invalid value "):
+        return text
+    return f"an unknown type or choice - at {text.rpartition(' - at ')[2]}"
 
 
 def _describe(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,6 +15,7 @@ from .errors import BadFile
 from .fingerprint import fingerprint_file
 from .manifest import TensorSpec, lay_out
 from .messages import Component
+from .regions.base import read_exactly
 from .regions.views import torch_dtype
 from .safetensors_file import FileTensor, SafetensorsFile
 
@@ -63,11 +63,13 @@ class ComponentFile:
             for spec, _ in self._sources
         ]
         # A file that has the wanted dtype already is the same component as one read as it is.
-        changes = any(new.dtype != t.spec.dtype for new, t in zip(specs, self._sources, strict=True))
+        changes = any(
+            new.dtype != t.spec.dtype for new, t in zip(specs, self._sources, strict=True)
+        )
         self.component = Component(
             fingerprint=fingerprint_file(file, dtype if changes else None, prefix),
             role=role,
-            label=(label if label is not None else file.label)[: limits.NAME],
+            label=_readable(label if label is not None else file.label),
             tensors=lay_out(specs),
         )
 
@@ -86,13 +88,9 @@ class ComponentFile:
                 else:
                     self._convert(writer, source, target)
                 self.bytes_read += source.spec.nbytes
-        except EOFError:
+        except (EOFError, OSError) as error:
             self.file.check_unchanged()
-            raise
-        except OSError as error:
-            raise BadFile(
-                f"reading {self.file.label!r} failed: {os.strerror(error.errno or 0)}"
-            ) from None
+            raise BadFile(f"reading {self.file.label!r} failed: {error}; try again") from None
         self.file.check_unchanged()
 
     def _convert(self, writer: RegionWriter, source: FileTensor, target: TensorSpec) -> None:
@@ -132,3 +130,8 @@ def hand_over_file(
 
 def _converted(stored: str, wanted: str | None) -> str:
     return wanted if wanted is not None and stored in _CONVERTIBLE else stored
+
+
+def _readable(label: str) -> str:
+    # A file's name may hold bytes that are no text, and messages cannot carry those.
+    return label.encode(errors="replace").decode()[: limits.NAME]

@@ -86,7 +86,7 @@ def _digest(fields: Iterable[bytes]) -> str:
 def _digest_tensor(tensor: torch.Tensor) -> bytes:
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for piece in _pieces(tensor.detach()):
-        digest.update(piece.cpu().numpy())
+        digest.update(piece.cpu().numpy().data)
     return digest.digest()
 
 
@@ -97,9 +97,11 @@ def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if not tensor.numel():
         return
     if tensor.is_contiguous():
-        yield from tensor.reshape(-1).view(torch.uint8).split(_PIECE)
+        flat = tensor.reshape(-1).view(torch.uint8)
+        for start in range(0, flat.numel(), _PIECE):
+            yield flat[start : start + _PIECE]
         return
     # Row by row, so that no second copy of the whole tensor comes into being.
-    row = tensor[0].numel() * tensor.element_size()
-    for rows in tensor.split(max(1, _PIECE // row)):
-        yield rows.contiguous().reshape(-1).view(torch.uint8)
+    rows = max(1, _PIECE // (tensor[0].numel() * tensor.element_size()))
+    for start in range(0, len(tensor), rows):
+        yield tensor[start : start + rows].contiguous().reshape(-1).view(torch.uint8)

@@ -14,7 +14,7 @@ GIB: Final = 1024 * MIB
 
 # ZeroMQ. One control message is one frame; bulk messages are a header and up to BULK_PARTS - 1
 # raw frames. libzmq drops the connection of a peer whose frame announces more than FRAME bytes.
-CONTROL_FRAME: Final = 2 * MIB
+CONTROL_FRAME: Final = 4 * MIB  # the largest manifest and the largest status fit
 BULK_FRAME: Final = 64 * MIB
 CONTROL_PARTS: Final = 1
 BULK_PARTS: Final = 16
@@ -28,7 +28,7 @@ UNREAD_MEMORY: Final = 512 * MIB  # growth of the broker above which connections
 STREAM_FRAME: Final = 64 * KIB
 STREAM_BACKLOG: Final = 256 * KIB  # unsent bytes after which a peer that never reads is dropped
 DESCRIPTORS_PER_FRAME: Final = 1
-SESSIONS: Final = 256
+SESSIONS: Final = 128
 UNGREETED_SESSIONS: Final = 64  # accepted streams that have not said hello yet
 HELLO_SECONDS: Final = 5.0
 REQUESTS_IN_FLIGHT: Final = 64  # unanswered requests of one session
@@ -43,7 +43,8 @@ REGION: Final = 1 << 42  # 4 TiB: more than any device of today
 REGION_GRANULE: Final = 2 * MIB
 TENSOR_ALIGNMENT: Final = 512
 PROBE: Final = 4 * KIB
-COMPONENTS: Final = 1024
+COMPONENTS: Final = 512
+CATALOG_TENSORS: Final = 1 << 17  # of all components together: about 150 MB at the very worst
 LEASES_PER_SESSION: Final = 1024
 WAITERS_PER_COMPONENT: Final = 256
 

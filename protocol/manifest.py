@@ -35,13 +35,15 @@ DTYPE_BYTES = {
 }
 
 _Extent = Annotated[int, Meta(ge=0, le=limits.REGION)]
+# Printable ASCII, so that the longest name is as many bytes as characters.
+_TensorName = Annotated[str, Meta(min_length=1, max_length=limits.NAME, pattern=r"^[\x20-\x7e]*\Z")]
 _Extents = Annotated[list[_Extent], Meta(max_length=limits.DIMENSIONS)]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
     """One tensor of a region. ``strides`` None means contiguous (row-major)."""
 
-    name: Annotated[str, Meta(min_length=1, max_length=limits.NAME)]
+    name: _TensorName
     dtype: Annotated[str, Meta(max_length=16)]
     shape: _Extents
     offset: _Extent = 0

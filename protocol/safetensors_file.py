@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -43,7 +44,7 @@ class FileIdentity(NamedTuple):
 
 
 class FileTensor(NamedTuple):
-    """One tensor of a file: ``spec`` has offset 0, ``position`` is in bytes from the file's start."""
+    """One tensor of a file, ``position`` bytes from the file's start; ``spec`` has offset 0."""
 
     spec: TensorSpec
     position: int
@@ -203,10 +204,10 @@ class SafetensorsFile:
         return metadata, tensors
 
     def _parse_tensor(self, name: str, entry: object) -> FileTensor:
-        if not 1 <= len(name) <= limits.NAME or not _is_text(name):
-            raise self._bad_header(
-                f"has a tensor name of {len(name)} characters, {_shorten(name)}: 1 to "
-                f"{limits.NAME} of valid Unicode are supported"
+        if not 1 <= len(name) <= limits.NAME or not (name.isascii() and name.isprintable()):
+            raise BadFile(
+                f"{self._shown} has a tensor name of {len(name)} characters, {_shorten(name)}: 1 "
+                f"to {limits.NAME} printable ASCII characters are supported"
             )
         try:
             parsed = msgspec.convert(entry, _Entry)
@@ -236,10 +237,11 @@ class SafetensorsFile:
         # Else a small file could describe a huge component.
         end, previous = 0, ""
         for spec, position in tensors:
-            if spec.nbytes and position < end:
+            nbytes = spec.nbytes
+            if nbytes and position < end:
                 raise self._bad_header(f"lets tensors {previous!r} and {spec.name!r} overlap")
-            if spec.nbytes:
-                end, previous = position + spec.nbytes, spec.name
+            if nbytes:
+                end, previous = position + nbytes, spec.name
 
     def _bad_header(self, what: str) -> BadFile:
         return BadFile(f"{self._shown}: the safetensors header {what}; {_ADVICE}")
@@ -248,8 +250,7 @@ class SafetensorsFile:
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{_shorten(twice)} appears twice")
     return table
 
@@ -274,14 +275,6 @@ def _describe(start: bytes) -> str:
     if len(start) <= _LENGTH_BYTES:
         return f"is truncated after {len(start)} bytes, before its header"
     return f"is no safetensors file (it begins with the bytes {start[:8].hex(' ')})"
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True
 
 
 def _shorten(text: object) -> str:

@@ -11,6 +11,8 @@ import torch
 from xdit_sidecar.protocol.client.attachment import Attachment
 from xdit_sidecar.protocol.client.client import Client
 from xdit_sidecar.protocol.client.fill import OpenFill
+from xdit_sidecar.protocol.component_file import ComponentFile, hand_over_file
+from xdit_sidecar.protocol.safetensors_file import SafetensorsFile
 
 
 class Program:
@@ -47,6 +49,23 @@ class Program:
         expected = components.random_tensors(seed)
         views = self.attachments[-1].tensors()
         return all(torch.equal(view.cpu(), expected[name]) for name, view in views.items())
+
+    def hand_over_file(self, device: str, path: str) -> int:
+        """Hand a file over and read every byte of it; bytes read from the file."""
+        with SafetensorsFile.open(path) as opened:
+            file = ComponentFile(opened, role="vae")
+            self.attachments.append(hand_over_file(self.client, file, device))
+        for view in self.attachments[-1].tensors().values():
+            view.reshape(-1).view(torch.uint8).max()
+        return file.bytes_read
+
+    def copy_privately(self) -> None:
+        """Do what sharing is there to avoid: an own copy of the newest attachment."""
+        self.copies = [view.clone() for view in self.attachments[-1].tensors().values()]
+
+    def write_to_map(self) -> None:
+        """Write to a tensor of the newest attachment. Does not return if that is impossible."""
+        next(iter(self.attachments[-1].tensors().values())).zero_()
 
     def release(self) -> None:
         """Release the oldest attachment."""

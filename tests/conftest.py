@@ -37,6 +37,16 @@ def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.fail("left behind:\n" + "\n".join(f"  {line}" for line in found), pytrace=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cuda_context() -> None:
+    """On a real GPU: what driver and torch open for good is open before the first test."""
+    if platforms.REAL_CUDA:
+        import torch
+
+        torch.ones(1, device="cuda").cpu()
+        CudaDriver.load().memory_info(0)
+
+
 @pytest.fixture(params=platforms.PLATFORMS)
 def platform(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

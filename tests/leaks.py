@@ -26,6 +26,8 @@ SHM = Path("/dev/shm")
 OWNER_VARIABLE = "XDIT_SIDECAR_TEST_OWNER"
 OWNER = f"{os.getpid()}-{time.monotonic_ns()}"
 HARMLESS_TARGETS = ("/dev/null", "/dev/urandom", "/dev/random")
+# The CUDA driver opens and keeps these as it likes; a context cannot be torn down under torch.
+HARMLESS_PREFIXES = ("/dev/nvidia",)
 
 
 def mark_children() -> None:
@@ -42,7 +44,9 @@ def open_descriptors() -> dict[int, str]:
             target = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:  # the listing's own descriptor
             continue
-        if target in HARMLESS_TARGETS or int(name) == tracker:
+        if target in HARMLESS_TARGETS or target.startswith(HARMLESS_PREFIXES):
+            continue
+        if int(name) == tracker:
             continue
         found[int(name)] = target
     return found

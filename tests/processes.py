@@ -47,6 +47,10 @@ class ClientProcess:
         self.send(command, **arguments)
         return self.receive()
 
+    def wait(self) -> int:
+        """Its exit status, once it has ended."""
+        return self._process.wait(10)
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal; after SIGKILL the process is reaped."""
         self._process.send_signal(number)

@@ -8,12 +8,15 @@ import secrets
 import time
 from collections.abc import Callable
 
+import msgspec
 import zmq
 
 from ... import __version__
 from ...protocol import codec, limits
 from ...protocol import messages as m
 from ...protocol.errors import (
+    BadMessage,
+    Busy,
     DaemonLost,
     FillLost,
     Internal,
@@ -27,6 +30,7 @@ from ..keeper import messages as k
 from ..settings import Settings
 from . import events as e
 from .catalog import Catalog
+from .doorman import Doorman
 from .gate import Gate
 from .keeper_link import Answer, KeeperGone, KeeperLink
 from .log import log, logger
@@ -38,6 +42,7 @@ from .router import Router
 from .sessions import Session, Sessions
 
 _TICK_SECONDS = 1.0
+_REQUESTS = msgspec.msgpack.Decoder(m.Request)
 
 
 class Broker:
@@ -61,14 +66,18 @@ class Broker:
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._zmq.max_sockets = 64
         endpoints, allowed = self.settings.endpoints, self.settings.allowed_uids
+        self._doorman = Doorman(self._zmq, self._has_session)
         self.control = Router(
             self._zmq,
             endpoints.control,
             allowed=allowed,
             shared=self.settings.shared,
             frame_limit=limits.CONTROL_FRAME,
+            part_limit=limits.CONTROL_PARTS,
             queue=limits.CONTROL_QUEUE,
             on_message=self._on_control,
+            on_overload=self._on_overload,
+            doorman=self._doorman,
         )
         self.bulk = Router(
             self._zmq,
@@ -76,8 +85,11 @@ class Broker:
             allowed=allowed,
             shared=self.settings.shared,
             frame_limit=limits.BULK_FRAME,
+            part_limit=limits.BULK_PARTS,
             queue=limits.BULK_QUEUE,
             on_message=self._on_bulk,
+            on_overload=self._on_overload,
+            doorman=self._doorman,
         )
         # Last: who can open a session finds everything else there.
         self.gate = Gate(
@@ -104,6 +116,7 @@ class Broker:
             keeper.close()
         self.control.close()
         self.bulk.close()
+        self._doorman.close()
         self._zmq.term()
 
     def _tick(self) -> None:
@@ -172,7 +185,7 @@ class Broker:
         try:
             if len(frames) > limits.CONTROL_PARTS:
                 raise TooLarge(f"a control message has one frame, this one {len(frames)}")
-            request = codec.decode(frames[0].buffer, m.Request, limit=limits.CONTROL_FRAME)
+            request = _decode_request(frames[0].buffer)
             request_id = request.id
             session = self.sessions.authorize(request.token, peer)
             if not isinstance(request.body, m.CancelRequest):
@@ -240,6 +253,13 @@ class Broker:
         if (session := self.sessions.open.get(asker.session)) is not None:
             session.requests.discard(asker.request)
         router.send(route, [codec.encode(m.Answer(asker.request, body))])
+
+    def _on_overload(self, router: Router, route: bytes, peer: Peer) -> None:
+        # Read by nobody: which request it was is not known. Every asker has a channel to itself.
+        failed = failed_answer(Busy("too many requests of this process wait: ask more slowly"))
+        log("request-refused", "warning", uid=peer.uid, pid=peer.pid, code=failed.code)
+        answer = m.BulkAnswer(0, failed) if router is self.bulk else m.Answer(0, failed)
+        router.send(route, [codec.encode(answer)])
 
     def _on_bulk(self, router: Router, route: bytes, peer: Peer, frames: list[zmq.Frame]) -> None:
         request_id = 0
@@ -380,6 +400,25 @@ class Broker:
             )
 
         self.keepers[device].ask(k.ExportRegion(region)).add_done_callback(exported)
+
+
+def _decode_request(data: memoryview) -> m.Request:
+    """A request, typed while it is read.
+
+    :func:`.codec.decode` builds whatever tree it finds and then looks at types: for megabytes of
+    empty lists that takes the loop seconds.
+    """
+    if len(data) > limits.CONTROL_FRAME:
+        raise TooLarge(f"a message of {len(data)} bytes exceeds {limits.CONTROL_FRAME}")
+    try:
+        return _REQUESTS.decode(data)
+    except msgspec.ValidationError as error:
+        text, where = str(error), str(error).rpartition(" - at ")[2]
+        # An unknown tag or choice is quoted; the peer's text has no place in errors and logs.
+        text = f"an unknown type or choice - at {where}" if text.startswith("Invalid") else text
+        raise BadMessage(f"not a valid message: {text}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise BadMessage("not a MessagePack message") from None
 
 
 def failed_answer(error: SidecarError) -> m.Failed:

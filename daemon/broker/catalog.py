@@ -54,6 +54,7 @@ class Catalog:
         self.copies: dict[str, Copy] = {}  # by region, every state
         self._current: dict[e.Key, Copy] = {}  # allocating … resident
         self._lease_regions: dict[str, str] = {}
+        self._held: dict[str, set[str]] = {}  # leases by session
         self._idle_seconds = idle_seconds
         self._new_id = new_id
 
@@ -61,11 +62,7 @@ class Catalog:
 
     def leases_of(self, session: str) -> int:
         """How many leases a session holds."""
-        return sum(
-            asker.session == session
-            for copy in self.copies.values()
-            for asker in copy.leases.values()
-        )
+        return len(self._held.get(session, ()))
 
     def used(self, device: str) -> int:
         """Bytes of a device's regions, orphans included.
@@ -117,7 +114,7 @@ class Catalog:
             case e.RegionSealed(region):
                 yield from self._sealed(now, region)
             case e.SealRefused(region, error):
-                yield from self._seal_refused(region, error)
+                yield from self._seal_refused(now, region, error)
             case e.RegionFreed(region):
                 yield from self._freed(region)
             case e.GrantUndelivered(lease):
@@ -148,6 +145,12 @@ class Catalog:
                     raise Busy(f"{copy.component.label}: too many clients wait for it already")
             elif len(self.copies) >= limits.COMPONENTS:
                 raise Busy(f"the daemon holds {limits.COMPONENTS} components: evict some")
+            elif self._tensors() + len(event.component.tensors) > limits.CATALOG_TENSORS:
+                raise Busy(
+                    f"the daemon's components have {self._tensors()} tensors, this one "
+                    f"{len(event.component.tensors)} more: its limit is {limits.CATALOG_TENSORS}; "
+                    "evict some"
+                )
         except SidecarError as error:
             yield e.Refuse(asker, error)
             return
@@ -188,7 +191,7 @@ class Catalog:
         if copy is None or copy.state != "allocating":
             return
         if copy.filler is None:
-            yield from self._restart_fill(now, copy)
+            yield from self._restart_fills(now, [copy])
             return
         copy.state = "filling"
         if copy.answer_to is not None:
@@ -202,8 +205,16 @@ class Catalog:
         if copy is None or copy.state != "allocating":
             return
         device = copy.key.device
-        victims = None if copy.retried or error else self._victims(device, copy.nbytes - free)
-        if victims:
+        # Keepers work in order: what they were told to free since is back before a second try.
+        coming = sum(
+            other.nbytes
+            for other in self.copies.values()
+            if other.key.device == device and other.state == "freeing"
+        )
+        victims = None
+        if copy.askers and not copy.retried and error is None:
+            victims = self._victims(device, copy.nbytes - free - coming)
+        if victims is not None and (victims or coming):
             copy.retried = True
             for victim in victims:
                 yield from self._drop(victim, "memory")
@@ -237,9 +248,14 @@ class Catalog:
         for asker in askers:
             yield self._lease(now, copy, asker)
 
-    def _seal_refused(self, region: str, error: SidecarError) -> Iterator[e.Instruction]:
+    def _seal_refused(
+        self, now: float, region: str, error: SidecarError
+    ) -> Iterator[e.Instruction]:
         copy = self.copies.get(region)
         if copy is None or copy.state != "sealing":
+            return
+        if copy.filler is None:
+            yield from self._restart_fills(now, [copy])
             return
         copy.state = "filling"
         if copy.answer_to is not None:
@@ -252,20 +268,22 @@ class Catalog:
         except UnknownComponent as error:
             yield e.Refuse(asker, error)
             return
-        yield from self._restart_fill(now, copy, confirm=asker)
+        yield from self._restart_fills(now, [copy], confirm=asker)
 
-    def _restart_fill(
-        self, now: float, copy: Copy, confirm: e.Asker | None = None
+    def _restart_fills(
+        self, now: float, copies: list[Copy], confirm: e.Asker | None = None
     ) -> Iterator[e.Instruction]:
-        """The filler is gone: drop its region, let the first waiter fill a fresh one.
+        """The filler is gone: drop its regions, let the first waiter of each fill a fresh one.
 
-        Never the same region: the old filler may be alive and still have it mapped writable.
+        Never the same region: the old filler may be alive and still have it mapped writable. All
+        are dropped before the first new one is admitted, which may need their room.
         """
-        waiters = copy.waiters
-        copy.waiters = []
-        yield from self._drop(copy, "filler-gone", confirm)
-        if waiters:
-            yield from self._begin(now, copy.key, copy.component, copy.uid, waiters[0], waiters[1:])
+        waiting = [copy.waiters for copy in copies]
+        for copy in copies:
+            copy.waiters = []
+            yield from self._drop(copy, "filler-gone", confirm)
+        for copy, (first, *others) in ((c, w) for c, w in zip(copies, waiting, strict=True) if w):
+            yield from self._begin(now, copy.key, copy.component, copy.uid, first, others)
 
     # --- leases
 
@@ -296,6 +314,7 @@ class Catalog:
         copy.leases[lease] = asker
         copy.last_used = now
         self._lease_regions[lease] = copy.region
+        self._held.setdefault(asker.session, set()).add(lease)
         return e.GrantLease(asker, copy.key.device, copy.region, copy.nbytes, lease, copy.component)
 
     def _release(self, now: float, asker: e.Asker, lease: str) -> Iterator[e.Instruction]:
@@ -310,7 +329,10 @@ class Catalog:
         copy = self.copies.get(self._lease_regions.pop(lease, ""))
         if copy is None:
             return
-        copy.leases.pop(lease, None)
+        session = copy.leases.pop(lease).session
+        self._held[session].discard(lease)
+        if not self._held[session]:
+            del self._held[session]
         copy.last_used = now
         if copy.state == "orphaned" and not copy.leases:
             self._forget(copy)
@@ -318,34 +340,30 @@ class Catalog:
 
     def _session_ended(self, now: float, session: str) -> Iterator[e.Instruction]:
         self._withdraw(lambda waiting: waiting.session == session)
-        for copy in list(self.copies.values()):
-            for lease in [lease for lease, a in copy.leases.items() if a.session == session]:
-                yield from self._drop_lease(now, lease)
-            if copy.filler != session:
-                continue
-            copy.answer_to = None
-            if copy.state == "filling":
-                yield from self._restart_fill(now, copy)
-            elif copy.state == "allocating":
-                copy.filler = None  # decided when the keeper has answered
+        for lease in list(self._held.get(session, ())):
+            yield from self._drop_lease(now, lease)
+        fills = [copy for copy in self.copies.values() if copy.filler == session]
+        yield from self._restart_fills(now, fills)
 
     def _cancelled(self, now: float, asker: e.Asker) -> Iterator[e.Instruction]:
         """The asker gave up, perhaps while its answer was on the way: take back what it got."""
         self._withdraw(lambda waiting: waiting == asker)
-        for copy in list(self.copies.values()):
-            for lease in [lease for lease, holder in copy.leases.items() if holder == asker]:
+        for lease in list(self._held.get(asker.session, ())):
+            if self.copies[self._lease_regions[lease]].leases[lease] == asker:
                 yield from self._drop_lease(now, lease)
-            if copy.state == "filling" and copy.filled_for == asker:
-                yield from self._restart_fill(now, copy)
+        granted = [
+            c for c in self.copies.values() if c.state == "filling" and c.filled_for == asker
+        ]
+        yield from self._restart_fills(now, granted)
 
     def _withdraw(self, matches: Callable[[e.Asker], bool]) -> None:
         """Forget askers that no longer wait."""
-        for copy in self._current.values():
+        for copy in self.copies.values():
             copy.waiters = [waiting for waiting in copy.waiters if not matches(waiting)]
             if copy.answer_to is not None and matches(copy.answer_to):
                 copy.answer_to = None
-                if copy.state == "allocating":
-                    copy.filler = None
+                if copy.state in ("allocating", "sealing"):
+                    copy.filler = None  # what becomes of it is decided by the keeper's answer
 
     # --- eviction
 
@@ -417,7 +435,8 @@ class Catalog:
             )
             for asker in copy.askers:
                 yield e.Refuse(asker, error)
-            fillers = [copy.filler] if copy.filler else []
+            # Those who only asked, or were never told of the region, have been refused above.
+            fillers = [copy.filler] if copy.filler and copy.state != "allocating" else []
             for session in [*copy.holders, *fillers]:
                 yield e.NotifyOrphaned(session, copy.region)
             if copy.leases:
@@ -435,6 +454,9 @@ class Catalog:
             raise DeviceUnavailable(
                 f"the keeper of {device} is not ready: `xdit-sidecar status` shows why"
             )
+
+    def _tensors(self) -> int:
+        return sum(len(copy.component.tensors) for copy in self.copies.values())
 
     def _no_memory(self, component: Component, nbytes: int, device: str, free: int) -> SidecarError:
         return explain_refusal(component, nbytes, device, free, self.copies.values())

@@ -6,11 +6,12 @@ import asyncio
 import os
 import socket
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
 from ...protocol import codec, limits
-from ...protocol.errors import BadMessage, SidecarError
+from ...protocol.errors import BadMessage, Busy, SidecarError
 from ...protocol.frames import FrameStream, StreamClosed
 from ...protocol.messages import Descriptor, Hello, Refused, StreamMessage, Welcome
 from ...protocol.peers import Peer, peer_of
@@ -25,6 +26,9 @@ from .sessions import Session, Sessions
 
 _BACKLOG = 1024
 _ACCEPT_PAUSE_SECONDS = 0.2
+_ACCEPTS_PER_TURN = 32
+# Messages that the kernel does not take: each may hold a descriptor of ours open.
+_UNSENT = 32
 
 
 class SessionHost(Protocol):
@@ -46,6 +50,7 @@ class Connection:
         self._stream = FrameStream(sock)
         self._greeted = False  # preamble seen
         self._descriptors = 0
+        self._unsent = 0  # messages queued since the client last read everything
         self._loop.add_reader(self._stream, self._readable)
         self._stream.queue_raw(encode_preamble())
         self._flush()
@@ -59,6 +64,10 @@ class Connection:
             self._loop.call_soon(self.close, f"dropped: {error}")
             return
         self._flush()
+        if not self.closed and self._stream.has_unsent:
+            self._unsent += 1
+            if self._unsent > _UNSENT:
+                self._loop.call_soon(self.close, "dropped: the client does not read")
 
     def send_descriptor(self, descriptor: int) -> int:
         """Send a descriptor ahead of the answer that names it. Returns its number."""
@@ -107,12 +116,21 @@ class Connection:
             return
         try:
             self._stream.flush()
-        except StreamClosed:
-            return  # the reader will notice
+        except StreamClosed as error:
+            # Not always noticed by the reader: the kernel may refuse to take one more descriptor.
+            self._loop.remove_writer(self._stream)
+            self._loop.call_soon(self._hang_up, f"dropped: {error}")
+            return
         if self._stream.has_unsent:
             self._loop.add_writer(self._stream, self._flush)
         else:
+            self._unsent = 0
             self._loop.remove_writer(self._stream)
+
+    def _hang_up(self, reason: str) -> None:
+        if not self.closed:
+            self._readable()  # what the client sent before it closed
+        self.close(reason)
 
     @property
     def closed(self) -> bool:
@@ -188,23 +206,46 @@ class Gate:
             self._loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
+        for _ in range(_ACCEPTS_PER_TURN):
+            if not self._accept_one():
+                return
+
+    def _accept_one(self) -> bool:
         try:
             sock, _ = self._listener.accept()
-        except BlockingIOError:
-            return
+        except (BlockingIOError, ConnectionError):
+            return False
         except OSError as error:  # out of descriptors: look again when some may be free
             log("accept-failed", "warning", error=str(error))
             self._loop.remove_reader(self._listener)
             self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._listen_again)
-            return
+            return False
         try:
             peer = peer_of(sock)
             connection = Connection(self, sock, peer)
         except OSError:
             sock.close()
-            return
+            return True
         self._connections[id(connection)] = connection
+        self._make_room()
         try:
             self.sessions.admit(time.monotonic(), id(connection), peer)
         except SidecarError as error:
             connection.refuse(error)
+        return True
+
+    def _make_room(self) -> None:
+        """Drop the oldest silent stream of the process that has most, when there are too many.
+
+        Honest clients say hello at once: streams that do not must not keep them out.
+        """
+        silent = [
+            found
+            for key in self.sessions.ungreeted
+            if (found := self._connections.get(key)) is not None
+        ]
+        if len(silent) < limits.UNGREETED_SESSIONS:
+            return
+        ((crowd, _),) = Counter(found.peer for found in silent).most_common(1)
+        oldest = next(found for found in silent if found.peer == crowd)
+        oldest.refuse(Busy("too many connections of this process have not said hello"))

@@ -20,6 +20,7 @@ from .log import log
 _START_SECONDS = 60.0
 _ANSWER_SECONDS = 10.0
 _ASK_EVERY_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 1.0
 _BACKLOG = 16 * limits.MIB
 
 Answer = tuple[m.KeeperAnswerBody, int | None]
@@ -184,7 +185,9 @@ class KeeperLink:
         self.state = "starting"
         self._hang_up()
         if self._child is not None:
-            self._child.kill()
+            # One that closed the channel itself is about to end and may have a reason to tell.
+            grace = _LAST_WORDS_SECONDS if reason is None else 0.0
+            self._loop.call_later(grace, self._child.kill)
         if was_ready:
             self._on_lost()
 

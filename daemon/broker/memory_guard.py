@@ -2,21 +2,28 @@
 
 libzmq counts complete messages against its high-water marks; the parts of a message that never
 ends are held without bound. The guard watches the process's own memory and cuts connections when
-it has grown by more than the limit, strangers first.
+it has grown by more than the limit: those of processes without a session first, then those on which
+more is coming, and all of them if that did not help.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import fcntl
 import os
+import socket
+import termios
 from collections.abc import Callable, Sequence
 
 from ...protocol import limits
 from ...protocol.peers import Peer
 from .router import Router
 
-_PERIOD_SECONDS = 0.1
+_PERIOD_SECONDS = 0.05
+_TRIES_EACH = 3
+_TRIM_EVERY = 20  # looks
+_SLACK = 64 * limits.MIB
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -32,8 +39,12 @@ class MemoryGuard:
     def __init__(self, routers: Sequence[Router], known: Callable[[Peer], bool]) -> None:
         self._routers = routers
         self._known = known
+        self._usual = resident_bytes() + _SLACK
         self._limit = resident_bytes() + limits.UNREAD_MEMORY
+        self._looks = 0
         self._loop = asyncio.get_running_loop()
+        self._trim = ctypes.CDLL(None).malloc_trim
+        self._tries = 0
         self._timer = self._loop.call_later(_PERIOD_SECONDS, self._look)
 
     def close(self) -> None:
@@ -42,12 +53,26 @@ class MemoryGuard:
 
     def _look(self) -> None:
         self._timer = self._loop.call_later(_PERIOD_SECONDS, self._look)
-        if resident_bytes() > self._limit:
-            for router in self._routers:
-                router.shed(self._known)
+        self._looks += 1
+        resident = resident_bytes()
+        if resident > self._limit or (resident > self._usual and not self._looks % _TRIM_EVERY):
             # Freed memory counts as resident until the allocator gives it back to the system.
-            self._loop.call_later(_PERIOD_SECONDS / 2, _trim)
+            self._trim(0)
+            resident = resident_bytes()
+        if resident <= self._limit:
+            self._tries = 0
+            return
+        # Those that have something on the way are the likeliest; an honest client rarely has.
+        choices = (self._is_stranger, _is_sending, lambda *_: True)
+        for which in choices[self._tries // _TRIES_EACH :]:
+            if sum(router.shed(which) for router in self._routers):
+                break
+        self._tries = min(self._tries + 1, 2 * _TRIES_EACH)
+
+    def _is_stranger(self, _: socket.socket, peer: Peer) -> bool:
+        return not self._known(peer)
 
 
-def _trim() -> None:
-    ctypes.CDLL(None).malloc_trim(0)
+def _is_sending(connection: socket.socket, _: Peer) -> bool:
+    unread = fcntl.ioctl(connection, termios.FIONREAD, bytes(4))
+    return unread != bytes(4)

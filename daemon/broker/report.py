@@ -77,7 +77,8 @@ def _component(now: float, copy: Copy) -> m.ComponentStatus:
         state=copy.state,
         uid=copy.uid,
         sessions=holders[: limits.SESSIONS],
-        idle_seconds=now - copy.last_used if copy.state == "resident" and not holders else None,
+        # Also while it is being filled: then since the hand-over began.
+        idle_seconds=None if holders or copy.state == "freeing" else now - copy.last_used,
     )
 
 

@@ -11,12 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...protocol import limits
-from ...protocol.errors import Busy, NotAllowed, SidecarError, Unauthorized, VersionMismatch
+from ...protocol.errors import BadMessage, Busy, NotAllowed, Unauthorized, VersionMismatch
 from ...protocol.messages import Hello
 from ...protocol.peers import Peer
 from ...protocol.version import PROTOCOL_VERSION, ProtocolVersion, explain_mismatch
-
-NOBODY = 65534
 
 
 @dataclass(slots=True)
@@ -62,7 +60,13 @@ class Sessions:
                 f"uid {peer.uid} may not use this daemon: start one of your own, or have its "
                 "owner add your uid to trusted_uids"
             )
-        if len(self._ungreeted) >= limits.UNGREETED_SESSIONS or len(self.open) >= limits.SESSIONS:
+        if len(self._ungreeted) >= limits.UNGREETED_SESSIONS:
+            raise Busy(
+                f"{len(self._ungreeted)} connections have not said hello yet: they are dropped "
+                f"after {limits.HELLO_SECONDS:.0f} s, try again then"
+            )
+        # Who has been let in must also find room when it says hello.
+        if len(self.open) + len(self._ungreeted) >= limits.SESSIONS:
             raise Busy(
                 f"the daemon has {len(self.open)} sessions, its limit is {limits.SESSIONS}: "
                 "close clients that are not needed"
@@ -90,6 +94,11 @@ class Sessions:
         if session is not None and self.open.pop(session.name, None) is not None:
             del self._by_token[session.token]
 
+    @property
+    def ungreeted(self) -> list[int]:
+        """Connections that have not said hello, oldest first."""
+        return list(self._ungreeted)
+
     def late(self, now: float) -> list[int]:
         """Connections that have not said hello in time."""
         deadline = now - limits.HELLO_SECONDS
@@ -115,9 +124,9 @@ class Sessions:
 
     @staticmethod
     def begin_request(session: Session, request: int) -> None:
-        """Account for a request. Raises Busy, or SidecarError for an id that is still open."""
+        """Account for a request. Raises Busy, or BadMessage for an id that is still open."""
         if request in session.requests:
-            raise SidecarError(f"request id {request} is in use")
+            raise BadMessage(f"the request id {request} belongs to an unanswered request")
         if len(session.requests) >= limits.REQUESTS_IN_FLIGHT:
             raise Busy(
                 f"this session has {limits.REQUESTS_IN_FLIGHT} unanswered requests: wait for them"

@@ -11,11 +11,10 @@ from ... import __version__
 from ...protocol.errors import DaemonAbsent, SidecarError
 from ..devices import NoDevice
 from ..settings import SettingsError
+from . import exit_status
+from .ipc import ipc
 from .serve import serve_command
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_NO_DAEMON = 3
+from .status import status_command
 
 app = typer.Typer(
     name="xdit-sidecar",
@@ -24,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve_command)
+app.command("status")(status_command)
+app.add_typer(ipc)
 
 
 def _print_version(wanted: bool) -> None:
@@ -46,13 +47,13 @@ def run(arguments: list[str]) -> int:
     try:
         app(arguments)
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else EXIT_FAILED
+        return end.code if isinstance(end.code, int) else exit_status.FAILED
     except DaemonAbsent as error:
-        return _tell(error, EXIT_NO_DAEMON)
+        return _tell(error, exit_status.NO_DAEMON)
     except (SettingsError, NoDevice) as error:
-        return _tell(error, EXIT_USAGE)
+        return _tell(error, exit_status.USAGE)
     except SidecarError as error:
-        return _tell(error, EXIT_FAILED)
+        return _tell(error, exit_status.FAILED)
     return 0
 
 

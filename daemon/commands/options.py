@@ -15,8 +15,12 @@ RuntimeDir = Annotated[
         "--runtime-dir",
         envvar=RUNTIME_DIR_VARIABLE,
         metavar="DIR",
+        # A daemon that trusts other accounts lets them pass through its directory, not list it.
+        readable=False,
         help="Where the daemon's sockets lie. "
         "[default: $XDG_RUNTIME_DIR/xdit-sidecar, or /run/xdit-sidecar for root]",
         show_default=False,
     ),
 ]
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]

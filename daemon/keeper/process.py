@@ -6,6 +6,7 @@ import argparse
 import select
 import signal
 import socket
+import sys
 
 from ...protocol import codec, limits
 from ...protocol.errors import Internal, SidecarError
@@ -17,6 +18,10 @@ from ...protocol.regions.memfd import MemfdOwner
 from ..child import die_with_parent
 from . import messages as m
 from .nvml import used_bytes
+
+# CUresults after which every call of the context fails: uncorrectable ECC, illegal addresses and
+# the other ways in which a kernel or the hardware ends it.
+_STICKY = frozenset({214, *range(700, 720)})
 
 
 def open_owner(device: str) -> RegionOwner:
@@ -60,8 +65,15 @@ def perform(owner: RegionOwner, body: object) -> tuple[m.KeeperAnswerBody, int |
     raise Internal(f"the keeper does not know the request {type(body).__name__}")
 
 
+class ContextLost(Exception):
+    """The CUDA context is in a state in which nothing can be relied upon any more."""
+
+
 def answer(owner: RegionOwner, body: object) -> tuple[m.KeeperAnswerBody, int | None]:
-    """Like :func:`perform`, with every refusal as an answer instead of an exception."""
+    """Like :func:`perform`, with every refusal as an answer instead of an exception.
+
+    Raises :class:`ContextLost` when only a new process can help.
+    """
     try:
         return perform(owner, body)
     except NotEnoughMemory as error:
@@ -70,7 +82,11 @@ def answer(owner: RegionOwner, body: object) -> tuple[m.KeeperAnswerBody, int | 
         return m.KeeperFailed(error.code, str(error)), None
     except KeyError:
         return m.KeeperFailed("unknown-component", "the keeper has no such region"), None
-    except (CudaError, OSError) as error:
+    except CudaError as error:
+        if error.code in _STICKY or isinstance(body, m.FreeRegion):
+            raise ContextLost(str(error)) from None
+        return m.KeeperFailed("internal", f"the keeper could not do it: {error}"), None
+    except OSError as error:
         return m.KeeperFailed("internal", f"the keeper could not do it: {error}"), None
 
 
@@ -118,7 +134,11 @@ def main() -> int:
     try:
         stream.queue_frame(codec.encode(m.KeeperAnswer(0, _report(owner.facts()))))
         serve(owner, stream)
-    finally:
         owner.close()
+    except ContextLost as error:
+        # The driver frees everything when the process ends; the broker starts another one.
+        print(f"the keeper of {arguments.device} gives up: {error}", file=sys.stderr)
+        return 1
+    finally:
         stream.close()
     return 0

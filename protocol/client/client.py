@@ -106,7 +106,8 @@ class Client:
         session = self.session(deadline)
         request = m.BulkRequest(session.welcome.token, next(self._ids), m.Echo())
         with session.bulk.channel() as channel:
-            channel.send_multipart([codec.encode(request), *frames], copy=False)
+            # Copied: pyzmq sends large buffers uncopied only with a thread of its own, for good.
+            channel.send_multipart([codec.encode(request), *frames])
             header, *back = _receive(channel, session, deadline)
             answer = codec.decode(header, m.BulkAnswer, limit=limits.STREAM_FRAME)
         if isinstance(answer.body, m.Failed):
@@ -158,7 +159,7 @@ class Client:
             except (FillLost, DaemonLost, DaemonAbsent, DeviceUnavailable) as error:
                 if time.monotonic() > give_up or not deadline.remaining:
                     raise
-                failed = error
+                failed = str(error)
             deadline.next_wait(f"handing over {component.label} ({failed})")
             time.sleep(_RETRY_PAUSE_SECONDS)
 
@@ -266,10 +267,11 @@ class Client:
             answer = codec.decode(frame, m.Answer, limit=limits.CONTROL_FRAME).body
         if not isinstance(answer, m.Failed):
             return answer
-        error = error_from_code(answer.code, answer.message)
-        if isinstance(error, Unauthorized) and session.lost.wait(1.0):
+        if answer.code == Unauthorized.code and session.lost.wait(1.0):
             raise session.why_lost
-        raise error
+        # Not through a local variable: error, traceback and frame would be a cycle that keeps the
+        # callers' tensors, and so their regions, until garbage is collected.
+        raise error_from_code(answer.code, answer.message)
 
     def _withdraw(self, session: ClientSession, request: int) -> None:
         if session.lost.is_set():

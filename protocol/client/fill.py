@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 Body = TypeVar("Body")
 
-_CHUNK = 64 * 1024 * 1024
+_ABANDON_SECONDS = 2.0
 
 
 class RegionWriter:
@@ -57,17 +56,11 @@ class RegionWriter:
 
         Raises OSError, and EOFError when the file ends before that.
         """
-        while length:
-            data = os.pread(descriptor, min(length, _CHUNK), position)
-            if not data:
-                raise EOFError(f"the file ends at byte {position}, {length} bytes too early")
-            self.mapping.write(offset, data)
-            position, offset, length = position + len(data), offset + len(data), length - len(data)
+        self.mapping.read_file(descriptor, position, offset, length)
 
     def copy_region(self, source: RegionMapping) -> None:
         """Copy a whole region of the same layout, for example one whose keeper died."""
-        for offset in range(0, source.nbytes, _CHUNK):
-            self.mapping.write(offset, source.read(offset, min(_CHUNK, source.nbytes - offset)))
+        self.mapping.copy_region(source)
 
 
 class Ask(Protocol):
@@ -146,7 +139,9 @@ class OpenFill:
     def _abandon(self) -> None:
         self._open = False
         with contextlib.suppress(SidecarError):
-            self._ask(self._session, m.Abandon(self._grant.region), m.Done, Deadline(2.0))
+            patience = min(_ABANDON_SECONDS, max(0.1, self._deadline.remaining))
+            abandon = m.Abandon(self._grant.region)
+            self._ask(self._session, abandon, m.Done, Deadline(patience))
 
     def __enter__(self) -> OpenFill:
         return self

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..errors import (
     DaemonLost,
     NotAllowed,
     SidecarError,
+    VersionMismatch,
     error_from_code,
 )
 from ..frames import FrameStream, StreamClosed
@@ -34,14 +36,17 @@ from ..messages import (
 from ..peers import peer_of
 from ..version import (
     PREAMBLE_BYTES,
+    PROTOCOL_VERSION,
     NotOurProtocol,
     ProtocolVersion,
     decode_preamble,
     encode_preamble,
+    explain_mismatch,
 )
 from .deadline import Deadline
 
 Channel = zmq.Socket[bytes]
+_CONNECT_SLICE = struct.pack("ll", 0, 50_000)  # struct timeval, 50 ms
 
 
 class ChannelPool:
@@ -111,7 +116,7 @@ class ClientSession:
         self.daemon_version = daemon
         self.daemon_peer = peer_of(stream.sock)
         self.lost = threading.Event()
-        self.why_lost: SidecarError = DaemonLost("the session is closed")
+        self._why_lost: tuple[type[SidecarError], str] = (DaemonLost, "the session is closed")
         self.control = ChannelPool(
             context, endpoints.control, limits.CONTROL_QUEUE, limits.CONTROL_FRAME
         )
@@ -137,7 +142,7 @@ class ClientSession:
         on_orphaned: Callable[[str], None],
     ) -> ClientSession:
         """Connect and be welcomed. Raises DaemonAbsent, NotAllowed, VersionMismatch, Busy…"""
-        stream = FrameStream(_connect(endpoints))
+        stream = FrameStream(_connect(endpoints, deadline))
         try:
             stream.queue_raw(encode_preamble())
             stream.queue_frame(codec.encode(hello))
@@ -150,6 +155,8 @@ class ClientSession:
             message: StreamMessage = codec.decode(frame, StreamMessage, limit=limits.STREAM_FRAME)
             if isinstance(message, Refused):
                 raise error_from_code(message.code, message.message)
+            if (mismatch := explain_mismatch(version, PROTOCOL_VERSION)) is not None:
+                raise VersionMismatch(mismatch)
             if not isinstance(message, Welcome):
                 raise BadMessage("the daemon answered the hello with something else")
             return cls(stream, message, version, context, endpoints, on_orphaned)
@@ -159,6 +166,15 @@ class ClientSession:
         except BaseException:
             stream.close()
             raise
+
+    @property
+    def why_lost(self) -> SidecarError:
+        """A new exception each time.
+
+        A raised one holds the frames that it passed, and with them tensors and leases of callers.
+        """
+        kind, text = self._why_lost
+        return kind(text)
 
     def take_descriptor(self, number: int, deadline: Deadline) -> int:
         """The file descriptor that an answer named, now the caller's."""
@@ -194,12 +210,13 @@ class ClientSession:
                 while (frame := self._stream.take_frame()) is not None:
                     self._received(codec.decode(frame, StreamMessage, limit=limits.STREAM_FRAME))
         except StreamClosed:
-            self.why_lost = DaemonLost(
+            self._why_lost = (
+                DaemonLost,
                 "the daemon ended the session: it stopped, restarted or crashed; what is mapped "
-                "stays usable, and the next call connects again"
+                "stays usable, and the next call connects again",
             )
         except SidecarError as error:
-            self.why_lost = error
+            self._why_lost = (type(error), str(error))
         finally:
             self._end()
 
@@ -235,10 +252,21 @@ class ClientSession:
             os.close(self._wake_write)
 
 
-def _connect(endpoints: Endpoints) -> socket.socket:
+def _connect(endpoints: Endpoints, deadline: Deadline) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # A full backlog (a flood, a stopped daemon) makes connect wait, in the kernel's queue and so in
+    # its turn; this bounds each wait and leaves the socket usable for the next.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _CONNECT_SLICE)
     try:
-        sock.connect(str(endpoints.session))
+        while True:
+            try:
+                sock.connect(str(endpoints.session))
+                break
+            except BlockingIOError:
+                deadline.next_wait("connecting")
+    except SidecarError:
+        sock.close()
+        raise
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
         sock.close()
         raise DaemonAbsent(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import abc
+import os
 from typing import NamedTuple
 
 from ..errors import ProbeFailed
 from ..messages import RegionKind
+
+# Read from a file at a time, where the bytes must pass through this process.
+_STAGE_BYTES = 32 * 1024 * 1024
 
 
 class DeviceFacts(NamedTuple):
@@ -96,6 +100,25 @@ class RegionMapping(abc.ABC):
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Overwrite bytes, at the latest when :meth:`synchronize` returns."""
 
+    def read_file(self, descriptor: int, position: int, offset: int, length: int) -> None:
+        """Read ``length`` bytes of a file at ``position`` into the region at ``offset``.
+
+        The descriptor's own position is left alone. Raises OSError, and EOFError when the file
+        ends before that.
+        """
+        check_range(offset, length, self.nbytes)
+        stage = memoryview(bytearray(min(length, _STAGE_BYTES)))
+        for done in range(0, length, _STAGE_BYTES):
+            piece = stage[: length - done]
+            read_exactly(descriptor, position + done, piece)
+            self.write(offset + done, piece)
+
+    def copy_region(self, source: RegionMapping) -> None:
+        """Copy a whole region of the same layout, for example one whose keeper died."""
+        for offset in range(0, source.nbytes, _STAGE_BYTES):
+            length = min(_STAGE_BYTES, source.nbytes - offset)
+            self.write(offset, source.read(offset, length))
+
     @abc.abstractmethod
     def close(self) -> None:
         """Synchronise and unmap. Safe to call twice."""
@@ -120,6 +143,17 @@ class MappingBytes:
             self.__array_interface__ = interface
         else:
             self.__cuda_array_interface__ = interface
+
+
+def read_exactly(descriptor: int, position: int, target: memoryview) -> None:
+    """Fill ``target`` with a file's bytes at ``position``. Raises OSError and EOFError."""
+    done = 0
+    while done < target.nbytes:
+        got = os.preadv(descriptor, [target[done:]], position + done)
+        if not got:
+            missing = target.nbytes - done
+            raise EOFError(f"the file ends at byte {position + done}, {missing} bytes too early")
+        done += got
 
 
 def check_range(offset: int, length: int, nbytes: int) -> None:

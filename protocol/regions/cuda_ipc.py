@@ -60,10 +60,11 @@ class CudaIpcOwner(RegionOwner):
             raise KeyError(region)
 
     def free(self, region: str) -> None:
-        pointer, _ = self._regions.pop(region, (0, 0))
+        pointer, _ = self._regions.get(region, (0, 0))
         if pointer:
             with self._driver.context(self._ordinal):
                 self._driver.mem_free(pointer)
+            del self._regions[region]
 
     def read(self, region: str, offset: int, length: int) -> bytes:
         pointer, nbytes = self._regions[region]
@@ -114,6 +115,13 @@ class CudaIpcMapping(RegionMapping):
         check_range(offset, len(data), self.nbytes)
         with self._driver.context(self.ordinal):
             self._driver.copy_to_device(self.address + offset, data)
+
+    def copy_region(self, source: RegionMapping) -> None:
+        if not isinstance(source, CudaIpcMapping) or source.ordinal != self.ordinal:
+            super().copy_region(source)
+            return
+        with self._driver.context(self.ordinal):
+            self._driver.copy_on_device(self.address, source.address, source.nbytes)
 
     def close(self) -> None:
         if self.address:

@@ -21,6 +21,7 @@ from .base import (
     RegionMapping,
     RegionOwner,
     check_range,
+    read_exactly,
 )
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -163,9 +164,19 @@ class MemfdMapping(RegionMapping):
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         check_range(offset, len(data), self.nbytes)
+        self._require_writable()
+        self.buffer(offset, len(data))[:] = data
+
+    def read_file(self, descriptor: int, position: int, offset: int, length: int) -> None:
+        check_range(offset, length, self.nbytes)
+        self._require_writable()
+        # The kernel copies from the file's pages to the region's: nothing lies in between.
+        with self.buffer(offset, length) as target:
+            read_exactly(descriptor, position, target)
+
+    def _require_writable(self) -> None:
         if not self.writable:
             raise RegionUnavailable("the region is sealed: it can be read, never written")
-        self.buffer(offset, len(data))[:] = data
 
     def buffer(self, offset: int, length: int) -> memoryview:
         """Writable bytes of the region; not to be kept beyond the mapping."""

@@ -270,3 +270,30 @@ def test_a_call_in_flight_ends_when_the_daemon_dies(
             waiter.attach(component.fingerprint, platform.device)
         assert time.monotonic() - began < 3
         daemon.process.wait()
+
+
+def test_a_keeper_that_cannot_free_is_replaced(tmp_path: Path, platform: Platform) -> None:
+    if platform.name != "fake-cuda":
+        pytest.skip("only the fake driver can be told to fail")
+    faults = tmp_path / "faults"
+    faults.write_text("")
+    environment = {"FAKE_CUDA_FAIL_FILE": str(faults)}
+    tensors = components.random_tensors()
+    component = components.describe(tensors)
+    with (
+        running_daemon(tmp_path, device="cuda", environment=environment) as daemon,
+        daemon.client() as client,
+    ):
+        client.hand_over(
+            component, platform.device, lambda writer: writer.copy_tensors(tensors)
+        ).release()
+        daemon.wait_for_status(lambda s: not s.components[0].sessions)
+        faults.write_text("cuMemFree_v2=700")
+        client.evict(component.fingerprint, platform.device)  # gone with the process
+        assert "ended with status 1" in daemon.wait_for_log("keeper-lost")
+        assert "cuMemFree_v2 failed" in daemon.log
+        faults.write_text("")
+        daemon.wait_for_status(lambda s: all(d.state == "ready" for d in s.devices))
+        client.hand_over(
+            component, platform.device, lambda writer: writer.copy_tensors(tensors)
+        ).release()

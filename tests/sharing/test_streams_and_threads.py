@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -12,7 +13,7 @@ import torch
 from daemon_process import DaemonProcess
 from platforms import Platform
 from xdit_sidecar.protocol.client.fill import RegionWriter
-from xdit_sidecar.protocol.errors import StillMapped
+from xdit_sidecar.protocol.errors import StillMapped, UnknownDevice
 from xdit_sidecar.protocol.manifest import TensorSpec, lay_out
 from xdit_sidecar.protocol.messages import Component
 from xdit_sidecar.protocol.regions.cuda_driver import CudaDriver
@@ -117,6 +118,35 @@ def test_a_lease_lasts_as_long_as_any_tensor(daemon: DaemonProcess, platform: Pl
         assert kept.cpu() == sources["scale"]
         del kept
         daemon.wait_for_status(lambda s: not s.components[0].sessions)
+
+
+def test_a_refused_call_holds_nothing_of_its_callers(
+    daemon: DaemonProcess, platform: Platform
+) -> None:
+    """Errors carry frames: a kept one would keep tensors, and so leases, until a collection."""
+    sources = components.random_tensors()
+    component = components.describe(sources)
+
+    def attach_and_fail(client) -> None:
+        attachment = client.attach(component.fingerprint, platform.device)
+        views = attachment.tensors()
+        assert client.attach("file:" + "0" * 64, platform.device) is None
+        with contextlib.suppress(UnknownDevice):
+            client.attach("file:" + "0" * 64, "GPU-" + "0" * 36)
+        attachment.release()
+        assert views
+
+    with daemon.client() as client:
+        client.hand_over(
+            component, platform.device, lambda writer: writer.copy_tensors(sources)
+        ).release()
+        daemon.wait_for_status(lambda s: not s.components[0].sessions)
+        gc.disable()
+        try:
+            attach_and_fail(client)
+            daemon.wait_for_status(lambda s: not s.components[0].sessions)
+        finally:
+            gc.enable()
 
 
 def test_parameters_can_be_views(daemon: DaemonProcess, platform: Platform) -> None:

@@ -1,0 +1,142 @@
+"""``xdit-sidecar status``."""
+
+from __future__ import annotations
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ...protocol import messages as m
+from ...protocol.client.client import Client
+from ...protocol.client.deadline import Deadline
+from ...protocol.errors import DaemonAbsent, SidecarError
+from ...protocol.health.units import human_age, human_bytes
+from . import exit_status
+from .console import make_console, make_table
+from .options import Json, RuntimeDir
+
+_SHOWN_DIGEST = 12  # digits of a fingerprint
+
+
+def status_command(json: Json = False, runtime_dir: RuntimeDir = None) -> None:
+    """What is resident, where, how big, and who shares it.
+
+    Exit status: 0 healthy, 1 a device or rank failed or the daemon refuses, 2 wrong usage,
+    3 no daemon.
+    """
+    try:
+        with Client(runtime_dir, name="status") as client:
+            status = client.status()
+            own = client.session(Deadline(1.0)).welcome.session
+    except SidecarError as error:
+        if not json:
+            raise
+        typer.echo(msgspec.json.encode({"error": {"code": error.code, "message": str(error)}}))
+        absent = isinstance(error, DaemonAbsent)
+        raise typer.Exit(exit_status.NO_DAEMON if absent else exit_status.FAILED) from None
+    if json:
+        typer.echo(msgspec.json.encode(status))
+    else:
+        print_status(make_console(), status, own)
+    states = [device.state for device in status.devices] + [rank.state for rank in status.ranks]
+    raise typer.Exit(exit_status.FAILED if "failed" in states else exit_status.HEALTHY)
+
+
+def print_status(console: Console, status: m.Status, own: str | None = None) -> None:
+    """Tables for people. ``own`` is the session that asked, which is left out."""
+    console.print(
+        f"xdit-sidecar {status.daemon}, protocol {status.protocol}, pid {status.pid}, "
+        f"uid {status.uid}, up {human_age(status.uptime_seconds)}",
+        highlight=False,
+    )
+    sessions = [session for session in status.sessions if session.session != own]
+    tables = [_devices(status.devices), _components(status), _sessions(sessions)]
+    if status.ranks:
+        tables.append(_ranks(status.ranks))
+    for table in tables:
+        console.print()
+        console.print(table, highlight=False, markup=False)
+        if not table.row_count:
+            console.print("none")
+    for session in sessions:
+        for line in session.meaning:
+            console.print(f"{session.session}: {line}", highlight=False, markup=False)
+
+
+def _devices(devices: list[m.DeviceStatus]) -> Table:
+    table = make_table(
+        "Devices",
+        *("device", "name", "state", ">regions", ">orphaned", ">budget", ">free", ">total"),
+        *(">keeper", "error"),
+    )
+    for device in devices:
+        sizes = (device.regions, device.orphaned, device.budget, device.free, device.total)
+        table.add_row(
+            device.device,
+            device.name,
+            device.state,
+            *map(human_bytes, sizes),
+            str(device.keeper_pid or "-"),
+            device.error or "",
+        )
+    return table
+
+
+def _components(status: m.Status) -> Table:
+    users = {s.session: f"{s.session}({s.hello.host or s.hello.name})" for s in status.sessions}
+    table = make_table(
+        "Components", "role", "label", "device", ">size", "state", "shared by", ">idle", "content"
+    )
+    for component in status.components:
+        sharers = ", ".join(users.get(name, name) for name in component.sessions)
+        idle = component.idle_seconds
+        kind, _, digest = component.fingerprint.partition(":")
+        table.add_row(
+            component.role,
+            component.label,
+            component.device,
+            human_bytes(component.nbytes),
+            component.state,
+            sharers or "nobody",
+            "" if idle is None else human_age(idle),
+            f"{kind}:{digest[:_SHOWN_DIGEST]}",
+        )
+    return table
+
+
+def _sessions(sessions: list[m.SessionStatus]) -> Table:
+    table = make_table(
+        "Sessions",
+        *("session", "who", ">pid", ">uid", "torch", "allocator", "dynamic VRAM", ">leases"),
+        ">age",
+    )
+    for session in sessions:
+        hello = session.hello
+        vram = {None: "", True: "on", False: "off"}[hello.dynamic_vram]
+        table.add_row(
+            session.session,
+            hello.host or hello.name,
+            str(session.pid),
+            str(session.uid),
+            hello.torch or "-",
+            hello.allocator or "-",
+            vram,
+            str(session.leases),
+            human_age(session.age_seconds),
+        )
+    return table
+
+
+def _ranks(ranks: list[m.RankStatus]) -> Table:
+    table = make_table("Ranks", ">rank", "device", ">pid", "state", ">starts", "error")
+    for rank in ranks:
+        table.add_row(
+            str(rank.rank),
+            rank.device,
+            str(rank.pid or "-"),
+            rank.state,
+            str(rank.starts),
+            rank.error or "",
+        )
+    return table

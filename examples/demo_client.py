@@ -1,0 +1,103 @@
+"""One client of the demo, standing in for a ComfyUI process: does what standard input says.
+
+Each line is a command as JSON, each answer a line of JSON on standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+import numpy
+import torch
+from demo_processes import HandedOver
+from xdit_sidecar.protocol.client.attachment import Attachment
+from xdit_sidecar.protocol.client.client import Client
+from xdit_sidecar.protocol.component_file import ComponentFile, hand_over_file
+from xdit_sidecar.protocol.regions.cuda_driver import CudaDriver
+from xdit_sidecar.protocol.safetensors_file import SafetensorsFile
+
+
+def warm_up(device: str) -> None:
+    """Do once what costs memory by itself, so that it is not taken for the weights' later."""
+    target = torch.device("cpu")
+    if device != "cpu":
+        ordinal = CudaDriver.load().ordinal_of(device)
+        CudaDriver.load().memory_info(ordinal)
+        if torch.cuda.is_available():
+            target = torch.device("cuda", ordinal)
+    byte_sum(torch.from_numpy(numpy.ones(1 << 20, dtype=numpy.float32)).to(target))
+
+
+def byte_sum(tensor: torch.Tensor) -> int:
+    """A checksum of a tensor, computed where it lies."""
+    # In pieces: on the CPU torch would first convert the whole to int64.
+    pieces = tensor.reshape(-1).view(torch.uint8).split(1 << 20)
+    return sum(int(piece.sum(dtype=torch.int64)) for piece in pieces)
+
+
+def bytes_read_by_process() -> int:
+    """What this process has read through system calls, as the kernel counts it."""
+    with open("/proc/self/io", encoding="ascii") as lines:
+        return int(next(line for line in lines if line.startswith("rchar:")).split()[1])
+
+
+def hand_over(client: Client, device: str, role: str, path: str) -> tuple[Attachment, HandedOver]:
+    """Hand one file over and describe what that took."""
+    read = bytes_read_by_process()
+    start = time.perf_counter()
+    with SafetensorsFile.open(path) as opened:
+        file = ComponentFile(opened, role=role)
+        attachment = hand_over_file(client, file, device)
+        views = attachment.tensors()
+        seconds = time.perf_counter() - start
+        read = bytes_read_by_process() - read
+    outside = [n for n, v in views.items() if v.numel() and not attachment.contains(v.data_ptr())]
+    return attachment, {
+        "role": role,
+        "seconds": seconds,
+        "weights_read": file.bytes_read,
+        "process_read": read,
+        "payload": sum(spec.nbytes for spec in file.component.tensors),
+        "region": attachment.nbytes,
+        "address": attachment.mapping.address,
+        "tensors": len(views),
+        "outside": outside,
+    }
+
+
+def main() -> None:
+    """Answer commands until standard input ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runtime-dir", required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--name", required=True)
+    arguments = parser.parse_args()
+    warm_up(arguments.device)
+    attachments: dict[str, Attachment] = {}
+    with Client(arguments.runtime_dir, name=arguments.name, host="make demo") as client:
+        client.ping()
+        answer: object = {"torch": torch.__version__}
+        print(json.dumps(answer), flush=True)
+        for line in sys.stdin:
+            match json.loads(line):
+                case {"do": "hand-over", "files": files}:
+                    answer = []
+                    for role, path in files:
+                        attachments[role], report = hand_over(client, arguments.device, role, path)
+                        answer.append(report)
+                case {"do": "use"}:
+                    answer = {
+                        role: sum(map(byte_sum, attachment.tensors().values()))
+                        for role, attachment in attachments.items()
+                    }
+                case other:
+                    raise SystemExit(f"unknown command {other!r}")
+            print(json.dumps(answer), flush=True)
+        attachments.clear()
+
+
+if __name__ == "__main__":
+    main()

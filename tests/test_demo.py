@@ -1,0 +1,64 @@
+"""`make demo`, on the CPU and on the fake CUDA driver."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import project
+import pytest
+from platforms import Platform
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def run_demo(cache: Path, platform: Platform, **environment: str) -> tuple[int, str]:
+    """The demo's exit status and what it printed."""
+    done = subprocess.run(
+        [
+            *(sys.executable, str(project.ROOT / "examples/demo.py")),
+            *("--device", platform.option, "--cache-dir", str(cache)),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    return done.returncode, done.stdout
+
+
+def test_the_demo_measures_one_copy_twice_in_a_row(platform: Platform, tmp_path: Path) -> None:
+    cache, temporary = tmp_path / "cache", tempfile.mkdtemp(prefix="xd-", dir="/tmp")
+    try:
+        for _ in range(2):
+            status, text = run_demo(cache, platform, TMPDIR=temporary)
+            assert status == 0, text
+            copies = [float(c) for c in re.findall(r"physical copies, .*?: (\d+\.\d+) \(", text)]
+            assert len(copies) == (6 if platform.option == "cpu" else 2), text
+            assert all(round(count) == 1 for count in copies), text
+            assert "\x1b" not in text  # plain where it is no terminal
+            assert "WRONG" not in text
+            assert not os.listdir(temporary)
+        assert sorted(path.name for path in cache.iterdir()) == [
+            "ae.safetensors",
+            "clip_l.safetensors",
+        ]
+    finally:
+        os.rmdir(temporary)
+
+
+def test_the_demo_fails_in_words(tmp_path: Path) -> None:
+    # A daemon that cannot start, for want of a device.
+    cache = tmp_path / "cache"
+    none = Platform("none", "cuda")
+    status, text = run_demo(cache, none, XDIT_SIDECAR_LIBCUDA=str(tmp_path / "missing.so"))
+    assert status == 1
+    assert "the daemon did not start" in text
+    assert "no CUDA device" in text
+    assert "Traceback" not in text
