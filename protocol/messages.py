@@ -23,11 +23,11 @@ Name = Annotated[str, Meta(max_length=limits.NAME)]
 Text = Annotated[str, Meta(max_length=limits.TEXT)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Bytes = Annotated[int, Meta(ge=0, le=limits.REGION)]
-Device = Annotated[str, Meta(pattern=r"^(cpu|GPU-[0-9a-f-]{36})$")]
-Fingerprint = Annotated[str, Meta(pattern=r"^(file|bytes|nonce):[0-9a-f]{64}$")]
-Role = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
-RegionId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
-LeaseId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
+Device = Annotated[str, Meta(pattern=r"^(cpu|GPU-[0-9a-f-]{36})\Z")]
+Fingerprint = Annotated[str, Meta(pattern=r"^(file|bytes|nonce):[0-9a-f]{64}\Z")]
+Role = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,31}\Z")]
+RegionId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
+LeaseId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Token = Annotated[bytes, Meta(min_length=32, max_length=32)]
 RegionKind = Literal["memfd", "cuda_ipc"]
 
@@ -170,7 +170,7 @@ class Probe(Message, frozen=True, tag="probe", kw_only=True):
     """
 
     region: RegionId
-    reader: Annotated[str, Meta(pattern=r"^(keeper|rank[0-9]{1,3})$")] = "keeper"
+    reader: Annotated[str, Meta(pattern=r"^(keeper|rank[0-9]{1,3})\Z")] = "keeper"
     offset: Bytes = 0
     length: Annotated[int, Meta(ge=1, le=limits.PROBE)] = 32
     write: Annotated[bytes, Meta(min_length=1, max_length=limits.PROBE)] | None = None

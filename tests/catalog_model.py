@@ -6,6 +6,7 @@ It sees only events and instructions. Whatever breaks a promise fails at once.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from xdit_sidecar.daemon.broker import events as e
@@ -34,7 +35,7 @@ class Model:
         self.answered: Counter[e.Asker] = Counter()
         self.freed: set[str] = set()
         self.ids: set[str] = set()
-        self.wanted: dict[str, e.Key] = {}  # what the event that is being handled may allocate
+        self.to_be_freed: list[Region] = []  # by the event that is being handled
 
     # --- events
 
@@ -42,11 +43,9 @@ class Model:
         """``event`` is about to be handled."""
         match event:
             case e.RequestCancelled(asker):
-                self._withdraw({asker} | {a for a in [asker] if a in self.open})
-                self._drop_leases(lambda holder: holder == asker)
+                self._withdraw(lambda waiting: waiting == asker)
             case e.SessionEnded(session):
-                self._withdraw({asker for asker in self.open if asker.session == session})
-                self._drop_leases(lambda holder: holder.session == session)
+                self._withdraw(lambda waiting: waiting.session == session)
             case e.RegionAllocated(region):
                 self.regions[region].state = "allocated"
             case e.AllocationRefused(region):
@@ -57,9 +56,6 @@ class Model:
                 self.regions[region].state = "allocated"
             case e.RegionFreed(region):
                 del self.regions[region]
-            case e.GrantUndelivered(lease):
-                for region in self.regions.values():
-                    region.leases.pop(lease, None)
             case e.KeeperReady(device, budget):
                 self.budgets[device] = budget
             case e.KeeperLost(device):
@@ -74,7 +70,8 @@ class Model:
                 self.open[event.asker] = event
                 self.answered[event.asker] = 0
                 if isinstance(event, e.ReleaseAsked) and self._holds(event.asker, event.lease):
-                    self._drop_leases(lambda _, lease=event.lease: False, {event.lease})
+                    for region in self.regions.values():
+                        region.leases.pop(event.lease, None)
 
     def _holds(self, asker: e.Asker, lease: str) -> bool:
         return any(
@@ -82,21 +79,18 @@ class Model:
             for region in self.regions.values()
         )
 
-    def _withdraw(self, askers: set[e.Asker]) -> None:
-        for asker in askers:
-            self.open.pop(asker, None)
-
-    def _drop_leases(self, matches, named: frozenset[str] | set[str] = frozenset()) -> None:
+    def _withdraw(self, matches: Callable[[e.Asker], bool]) -> None:
+        """These ask no more, and give back what they were given."""
+        self.open = {asker: event for asker, event in self.open.items() if not matches(asker)}
         for region in self.regions.values():
-            region.leases = {
-                lease: holder
-                for lease, holder in region.leases.items()
-                if not (matches(holder) or lease in named)
-            }
+            for lease in [lease for lease, holder in region.leases.items() if matches(holder)]:
+                del region.leases[lease]
+            if region.fill is not None and matches(region.fill) and region.state == "allocated":
+                self.to_be_freed.append(region)
 
     # --- instructions
 
-    def saw(self, instruction: e.Instruction, key_of_region) -> None:
+    def saw(self, instruction: e.Instruction, key_of_region: Callable[[str], e.Key]) -> None:
         """The catalog wants this done."""
         match instruction:
             case e.Allocate(device, region, nbytes):
@@ -143,7 +137,9 @@ class Model:
                 assert known.state == "dead"
                 assert session in holders | {known.fill.session if known.fill else None}
 
-    def _allocates(self, device: str, region: str, nbytes: int, key_of_region) -> None:
+    def _allocates(
+        self, device: str, region: str, nbytes: int, key_of_region: Callable[[str], e.Key]
+    ) -> None:
         budget = self.budgets[device]
         assert budget is not None, "asked a dead keeper"
         if region in self.regions:
@@ -166,7 +162,9 @@ class Model:
     # --- after an event
 
     def after(self) -> None:
-        """Forget regions that nobody has any more."""
+        """Everything that the event asked for has been seen. Forgets what nobody has any more."""
+        assert all(region.state == "freeing" for region in self.to_be_freed)
+        self.to_be_freed.clear()
         gone = [
             name
             for name, region in self.regions.items()

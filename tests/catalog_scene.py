@@ -23,8 +23,9 @@ KeeperAsk = e.Allocate | e.Seal | e.Free
 
 def component(name: str, granules: int = 1, tensors: list[TensorSpec] | None = None) -> Component:
     """A component whose region has this many granules of 2 MiB."""
+    kind = "nonce" if name.startswith("nonce:") else "bytes"
     return Component(
-        fingerprint="bytes:" + hashlib.sha256(name.encode()).hexdigest(),
+        fingerprint=f"{kind}:" + hashlib.sha256(name.encode()).hexdigest(),
         role="vae",
         label=name,
         tensors=tensors or [TensorSpec("weight", "U8", [granules * GRANULE])],

@@ -300,7 +300,6 @@ class Broker:
                     region,
                     nbytes,
                     lambda grant: m.Attached(lease=lease, grant=grant, component=component),
-                    lease,
                 )
             case e.Confirm(asker):
                 self.answer(asker, m.Done())
@@ -313,12 +312,21 @@ class Broker:
                 log(event, level, dict(facts))
 
     def ask(
-        self, device: str, body: k.KeeperRequestBody, then: Callable[[k.KeeperAnswerBody], None]
+        self,
+        device: str,
+        body: k.KeeperRequestBody,
+        then: Callable[[k.KeeperAnswerBody], None],
+        lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """Ask a keeper. If it dies first nothing follows: KeeperLost has dealt with it."""
+        """Ask a keeper; ``lost`` if it dies first. What the catalog asked needs no ``lost``:
+        KeeperLost deals with it."""
 
         def answered(future: asyncio.Future[Answer]) -> None:
-            if not future.cancelled() and not isinstance(future.exception(), KeeperGone):
+            if future.cancelled():
+                return
+            if isinstance(future.exception(), KeeperGone):
+                lost()
+            else:
                 then(future.result()[0])
 
         self.keepers[device].ask(body).add_done_callback(answered)
@@ -345,13 +353,11 @@ class Broker:
         region: str,
         nbytes: int,
         answer: Callable[[m.RegionGrant], m.AnswerBody],
-        lease: str | None = None,
     ) -> None:
         """Answer with a grant of the region, unless the asker gave up meanwhile."""
 
         def undelivered(error: SidecarError) -> None:
-            if lease is not None:
-                self.handle(e.GrantUndelivered(lease))
+            self.handle(e.RequestCancelled(asker))
             self.answer(asker, failed_answer(error))
 
         def granted(grant: m.RegionGrant) -> None:

@@ -71,6 +71,8 @@ class EvictAsked:
 
 @dataclass(frozen=True, slots=True)
 class RequestCancelled:
+    """The asker gave up, or what it was granted could not be delivered."""
+
     asker: Asker
 
 
@@ -108,13 +110,6 @@ class RegionFreed:
 
 
 @dataclass(frozen=True, slots=True)
-class GrantUndelivered:
-    """A lease was granted and the keeper could not export the region to its holder."""
-
-    lease: str
-
-
-@dataclass(frozen=True, slots=True)
 class KeeperReady:
     device: str
     budget: int  # bytes that regions of this device may take together
@@ -144,7 +139,6 @@ Event = (
     | RegionSealed
     | SealRefused
     | RegionFreed
-    | GrantUndelivered
     | KeeperReady
     | KeeperLost
     | Ticked

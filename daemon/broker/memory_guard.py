@@ -3,7 +3,7 @@
 libzmq counts complete messages against its high-water marks; the parts of a message that never
 ends are held without bound. The guard watches the process's own memory and cuts connections when
 it has grown by more than the limit: those of processes without a session first, then those on which
-more is coming, and all of them if that did not help.
+much more is coming, and all of them if that did not help.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import os
 import socket
+import sys
 import termios
 from collections.abc import Callable, Sequence
 
@@ -21,7 +22,8 @@ from ...protocol.peers import Peer
 from .router import Router
 
 _PERIOD_SECONDS = 0.05
-_TRIES_EACH = 3
+_TRIES = 3
+_MUCH = 16 * limits.KIB
 _TRIM_EVERY = 20  # looks
 _SLACK = 64 * limits.MIB
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -62,12 +64,15 @@ class MemoryGuard:
         if resident <= self._limit:
             self._tries = 0
             return
-        # Those that have something on the way are the likeliest; an honest client rarely has.
-        choices = (self._is_stranger, _is_sending, lambda *_: True)
-        for which in choices[self._tries // _TRIES_EACH :]:
-            if sum(router.shed(which) for router in self._routers):
-                break
-        self._tries = min(self._tries + 1, 2 * _TRIES_EACH)
+        self._tries += 1
+        if self._tries <= _TRIES and self._shed(self._is_stranger):
+            return
+        # An honest client's request is lost with its connection: those on which much more is
+        # coming are the likelier ones.
+        self._shed(_is_sending if self._tries <= 2 * _TRIES else lambda *_: True)
+
+    def _shed(self, which: Callable[[socket.socket, Peer], bool]) -> int:
+        return sum(router.shed(which) for router in self._routers)
 
     def _is_stranger(self, _: socket.socket, peer: Peer) -> bool:
         return not self._known(peer)
@@ -75,4 +80,4 @@ class MemoryGuard:
 
 def _is_sending(connection: socket.socket, _: Peer) -> bool:
     unread = fcntl.ioctl(connection, termios.FIONREAD, bytes(4))
-    return unread != bytes(4)
+    return int.from_bytes(unread, sys.byteorder) >= _MUCH

@@ -43,11 +43,16 @@ def probe_region(broker: Broker, session: Session, asker: Asker, probe: m.Probe)
         else:
             broker.answer(asker, m.Probed(future.result()))
 
+    def lost() -> None:
+        refuse(ProbeFailed(f"the keeper of {device} died at it; the daemon's log says why"))
+
     if probe.reader == "keeper":
-        if probe.write is not None:
-            broker.ask(device, k.WriteRegion(probe.region, probe.offset, probe.write), answered)
-        else:
-            broker.ask(device, k.ReadRegion(probe.region, probe.offset, probe.length), answered)
+        ask: k.ReadRegion | k.WriteRegion = (
+            k.ReadRegion(probe.region, probe.offset, probe.length)
+            if probe.write is None
+            else k.WriteRegion(probe.region, probe.offset, probe.write)
+        )
+        broker.ask(device, ask, answered, lost)
         return
     index = int(probe.reader.removeprefix("rank"))
     if index >= len(broker.ranks):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def build_status(broker: Broker) -> m.Status:
     """The state of everything, now."""
     now = time.monotonic()
+    copies = list(broker.catalog.copies.values())
     return m.Status(
         daemon=__version__,
         protocol=str(PROTOCOL_VERSION),
@@ -29,7 +30,7 @@ def build_status(broker: Broker) -> m.Status:
         uid=os.geteuid(),
         uptime_seconds=now - broker.started,
         devices=[_device(broker, keeper) for keeper in broker.keepers.values()],
-        components=[_component(now, copy) for copy in broker.catalog.copies.values()],
+        components=[_component(now, copy) for copy in copies[: limits.COMPONENTS]],
         sessions=[_session(broker, now, session) for session in broker.sessions.open.values()],
         ranks=[
             m.RankStatus(

@@ -34,7 +34,7 @@ _NAMESPACES = (
 )
 _ROOM = (
     "close clients or unload models that hold components (`xdit-sidecar status` names them), or "
-    "give the daemon a larger --budget"
+    "give the daemon a larger --budget or a smaller --reserve"
 )
 
 
@@ -52,12 +52,6 @@ def probe_device(visit: Visit, device: str, seconds: float) -> Finding:
             "wait for it: `xdit-sidecar ipc health-check --wait ready`"
             if facts.state == "starting"
             else _RESTART,
-        )
-    if (victim := _would_evict(status, facts)) is not None:
-        return skipped(
-            f"the budget of {human_bytes(facts.budget)} is full, and a probe would evict "
-            f"{victim.label} ({human_bytes(victim.nbytes)}), which nobody uses now",
-            "evict what is not needed, or give the daemon a larger --budget",
         )
     deadline = Deadline(seconds, visit.should_cancel)
     # A client of its own: whatever goes wrong, the region ends with its session.
@@ -105,20 +99,6 @@ def check_memory(visit: Visit, device: str) -> Finding:
             "restart the daemon and report it",
         )
     return passed(f"{detail}; it came back")
-
-
-def _would_evict(status: m.Status, facts: m.DeviceStatus) -> m.ComponentStatus | None:
-    """The idle component that the daemon would evict to make room for a probe."""
-    if facts.regions + facts.orphaned + _NBYTES <= facts.budget:
-        return None
-    idle = [
-        component
-        for component in status.components
-        if component.device == facts.device
-        and component.state == "resident"
-        and not component.sessions
-    ]
-    return max(idle, key=lambda component: component.idle_seconds or 0.0, default=None)
 
 
 class _RegionProbe:
