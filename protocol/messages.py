@@ -225,6 +225,12 @@ class Request(msgspec.Struct, frozen=True):
         return f"Request(id={self.id}, body={self.body!r}, token=<hidden>)"
 
 
+class RequestId(msgspec.Struct, frozen=True):
+    """What can still be read of a request that is not understood, so that its answer finds it."""
+
+    id: Count = 0
+
+
 # --- answers --------------------------------------------------------------------------------------
 
 

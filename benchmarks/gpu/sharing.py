@@ -62,9 +62,9 @@ def make_components(device: str) -> list[tuple[Component, dict[str, torch.Tensor
     made = []
     for number, (role, count, nbytes) in enumerate(SHAPES):
         tensors = {
-            f"layers.{i}.weight": torch.randn(
-                nbytes // 2, device="cuda", dtype=torch.bfloat16
-            ).to(device)
+            f"layers.{i}.weight": torch.randn(nbytes // 2, device="cuda", dtype=torch.bfloat16).to(
+                device
+            )
             for i in range(count)
         }
         fingerprint = f"bytes:{number + (100 if device == 'cpu' else 0):064x}"
@@ -199,9 +199,7 @@ class Measurement:
         self.attachments = renewed
         self.daemon.wait_for_status(lambda s: not any(d.orphaned for d in s.devices))
         took("one copy again")
-        seen = sum(
-            float(t.sum(dtype=torch.float64)) for a in renewed for t in a.tensors().values()
-        )
+        seen = sum(float(t.sum(dtype=torch.float64)) for a in renewed for t in a.tensors().values())
         assert seen == self.checksum, (seen, self.checksum)
         release_memory()
         self.add(

@@ -8,14 +8,12 @@ import secrets
 import time
 from collections.abc import Callable
 
-import msgspec
 import zmq
 
 from ... import __version__
 from ...protocol import codec, limits
 from ...protocol import messages as m
 from ...protocol.errors import (
-    BadMessage,
     Busy,
     DaemonLost,
     FillLost,
@@ -42,7 +40,6 @@ from .router import Router
 from .sessions import Session, Sessions
 
 _TICK_SECONDS = 1.0
-_REQUESTS = msgspec.msgpack.Decoder(m.Request)
 
 
 class Broker:
@@ -185,7 +182,7 @@ class Broker:
         try:
             if len(frames) > limits.CONTROL_PARTS:
                 raise TooLarge(f"a control message has one frame, this one {len(frames)}")
-            request = _decode_request(frames[0].buffer)
+            request = codec.decode(frames[0].buffer, m.Request, limit=limits.CONTROL_FRAME)
             request_id = request.id
             session = self.sessions.authorize(request.token, peer)
             if not isinstance(request.body, m.CancelRequest):
@@ -200,7 +197,8 @@ class Broker:
                 self.answer(asker, failed)
             else:
                 log("request-refused", "warning", uid=peer.uid, pid=peer.pid, code=error.code)
-                router.send(route, [codec.encode(m.Answer(request_id, failed))])
+                answer = m.Answer(request_id or _read_id(frames), failed)
+                router.send(route, [codec.encode(answer)])
         except Exception:  # noqa: BLE001  one bad request must not end the daemon
             logger.exception("request-broke uid=%d pid=%d", peer.uid, peer.pid)
             if asker is not None:
@@ -394,6 +392,7 @@ class Broker:
                     else DaemonLost("the session ended")
                 )
                 return
+            number = None if descriptor is None else connection.send_descriptor(descriptor)
             granted(
                 m.RegionGrant(
                     region=region,
@@ -401,30 +400,18 @@ class Broker:
                     device=device,
                     nbytes=nbytes,
                     handle=body.handle,
-                    descriptor=connection.send_descriptor(descriptor) if descriptor else None,
+                    descriptor=number,
                 )
             )
 
         self.keepers[device].ask(k.ExportRegion(region)).add_done_callback(exported)
 
 
-def _decode_request(data: memoryview) -> m.Request:
-    """A request, typed while it is read.
-
-    :func:`.codec.decode` builds whatever tree it finds and then looks at types: for megabytes of
-    empty lists that takes the loop seconds.
-    """
-    if len(data) > limits.CONTROL_FRAME:
-        raise TooLarge(f"a message of {len(data)} bytes exceeds {limits.CONTROL_FRAME}")
+def _read_id(frames: list[zmq.Frame]) -> int:
     try:
-        return _REQUESTS.decode(data)
-    except msgspec.ValidationError as error:
-        text, where = str(error), str(error).rpartition(" - at ")[2]
-        # An unknown tag or choice is quoted; the peer's text has no place in errors and logs.
-        text = f"an unknown type or choice - at {where}" if text.startswith("Invalid") else text
-        raise BadMessage(f"not a valid message: {text}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise BadMessage("not a MessagePack message") from None
+        return codec.decode(frames[0].buffer, m.RequestId, limit=limits.CONTROL_FRAME).id
+    except SidecarError:
+        return 0
 
 
 def failed_answer(error: SidecarError) -> m.Failed:

@@ -162,7 +162,9 @@ def test_an_unknown_request_is_answered_and_the_session_goes_on(cpu_daemon: Daem
         def ask(number: int, **body: Any) -> dict[str, Any]:
             return session.ask(msgpack.packb({"token": token, "id": number, "body": body}))
 
-        refused = ask(1, type="teleport", where="cpu")["body"]
+        answer = ask(1, type="teleport", where="cpu")
+        assert answer["id"] == 1, "the asker must find its answer"
+        refused = answer["body"]
         assert refused["type"] == "failed"
         assert refused["code"] in ("unsupported", "bad-message")
         assert refused["message"]
