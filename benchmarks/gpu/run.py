@@ -37,6 +37,7 @@ def prepare() -> dict[str, str]:
             check=True,
         )
     (site / "xdit_sidecar").symlink_to(ROOT)
+    sys.path.insert(0, str(site))  # for the versions in the results
     return {
         **os.environ,
         "PYTHONPATH": str(site),
@@ -61,7 +62,7 @@ def test_stage(output: Path, environment: dict[str, str]) -> int:
     """The sharing tests with the real driver, summarised from pytest's own report."""
     report = output / "tests.xml"
     command = [
-        *(sys.executable, "-m", "pytest", "-q", "-n", "4", "-p", "no:benchmark"),
+        *(sys.executable, "-m", "pytest", "-q", "-n", "8", "-p", "no:benchmark"),
         *("-m", "not soak and not bench", f"--junitxml={report}", *TESTS),
     ]
     began = time.monotonic()
@@ -91,7 +92,30 @@ def sharing_stage(output: Path, environment: dict[str, str]) -> int:
     return run([sys.executable, str(HERE / "sharing.py"), str(output)], environment)
 
 
-STAGES = {"tests": test_stage, "sharing": sharing_stage}
+def health_stage(output: Path, environment: dict[str, str]) -> int:
+    """The health-check with a rank."""
+    return run([sys.executable, str(HERE / "health.py"), str(output)], environment)
+
+
+def demo_stage(output: Path, environment: dict[str, str]) -> int:
+    """What ``make demo`` runs, on the GPU."""
+    return run([sys.executable, str(ROOT / "examples" / "demo.py")], environment)
+
+
+def soak_stage(output: Path, environment: dict[str, str]) -> int:
+    """10,000 cycles by eight client processes that are killed and stopped meanwhile."""
+    soak = [sys.executable, str(ROOT / "tests" / "soak" / "run.py"), "--fresh"]
+    result = output / "soak-cycles.json"
+    return run([*soak, "--only", "cycles-real-cuda", "--output", str(result)], environment)
+
+
+STAGES = {
+    "tests": test_stage,
+    "sharing": sharing_stage,
+    "health": health_stage,
+    "demo": demo_stage,
+    "soak": soak_stage,
+}
 
 
 def main() -> int:

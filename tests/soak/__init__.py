@@ -1,0 +1,1 @@
+"""The long runs: the same code as the tests, with the full counts."""

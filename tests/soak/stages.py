@@ -1,0 +1,52 @@
+"""The stages of the soak: what each runs, and what it says of itself afterwards."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import platforms
+from daemon_process import running_daemon
+from hostile import siege
+from hostile.attack import Attack
+from hostile.catalogue import ATTACKS
+
+from soak.cycles import BUDGET, run_cycles
+
+CYCLES = 10_000
+_SECONDS = 1_500.0  # a stage that takes longer has failed
+
+Stage = Callable[[], dict[str, object]]
+
+
+def cycles(name: str) -> dict[str, object]:
+    """10,000 hand-over/attach/release cycles on one platform."""
+    with tempfile.TemporaryDirectory() as directory:
+        platform = platforms.make_platform(name, Path(directory))
+        os.environ.update(platform.environment)
+        with running_daemon(
+            Path(directory), "--budget", str(BUDGET), device=platform.option
+        ) as daemon:
+            figures = run_cycles(daemon, platform.device, CYCLES, seconds=_SECONDS)
+            assert daemon.stop() == 0
+    return figures.to_json()
+
+
+def attack(chosen: Attack) -> dict[str, object]:
+    """One attack with its full count."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        running_daemon(Path(directory)) as daemon,
+    ):
+        outcome = siege.besiege(daemon, chosen, chosen.count, seconds=_SECONDS)
+        assert outcome.inputs >= chosen.count, f"only {outcome.inputs} inputs"
+        assert daemon.stop() == 0
+    return dict(outcome.to_json())
+
+
+STAGES: dict[str, Stage] = {
+    **{f"cycles-{name}": (lambda name=name: cycles(name)) for name in platforms.PLATFORMS},  # type: ignore[misc]
+    **{f"hostile-{a.name}": (lambda a=a: attack(a)) for a in ATTACKS.values()},  # type: ignore[misc]
+}
