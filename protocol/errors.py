@@ -115,6 +115,12 @@ class ProbeFailed(SidecarError):
     code = "probe-failed"
 
 
+class UnsupportedModel(SidecarError):
+    """A readable weights file of another model or layout, or an incomplete one."""
+
+    code = "unsupported-model"
+
+
 class Internal(SidecarError):
     """A fault of the daemon; its log has the details."""
 

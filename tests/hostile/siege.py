@@ -21,7 +21,7 @@ from hostile.victim import CONTENT, small_component
 # How much the broker may grow. Attacks that fill its queues take it to UNREAD_MEMORY before it
 # sheds them, and by MARGIN further until it has looked and ZeroMQ's thread has let go; the others
 # have the margin only.
-MARGIN = 384 * limits.MIB
+MARGIN = 512 * limits.MIB
 AFTERWARDS = 96 * limits.MIB  # what the allocator may keep
 PING_P99 = 1.0  # seconds, during the attack
 _ATTACKER = Path(__file__).with_name("attacker.py")
