@@ -20,7 +20,7 @@ from .log import log
 _START_SECONDS = 60.0
 _ANSWER_SECONDS = 10.0
 _ASK_EVERY_SECONDS = 2.0
-_LAST_WORDS_SECONDS = 1.0
+_LAST_WORDS_SECONDS = 5.0
 _BACKLOG = 16 * limits.MIB
 
 Answer = tuple[m.KeeperAnswerBody, int | None]

@@ -8,6 +8,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from hostile.victim import CONTENT, small_component
 # have the margin only.
 MARGIN = 512 * limits.MIB
 AFTERWARDS = 96 * limits.MIB  # what the allocator may keep
-PING_P99 = 1.0  # seconds, during the attack
+PING_P99 = 1.0  # seconds, during the attack, beyond what the machine itself makes them wait
 _ATTACKER = Path(__file__).with_name("attacker.py")
 
 
@@ -43,6 +44,7 @@ class Outcome:
     ping_p50: float
     ping_p99: float
     ping_max: float
+    ping_slow: int  # how many took longer than PING_P99 and the slowest before the attack
     log_bytes: int
 
     def to_json(self) -> dict[str, float]:
@@ -80,6 +82,8 @@ def besiege(
     pid, log_before = daemon.pid, len(daemon.log)
     rss, fds = vitals.memory(pid), vitals.steady(lambda: vitals.descriptors(pid))
     vitals.reset_peak(pid)
+    with vitals.Pinger(daemon) as calm:
+        time.sleep(0.5)
     with vitals.Pinger(daemon) as pinger:
         done = subprocess.Popen(
             [
@@ -113,6 +117,7 @@ def besiege(
         ping_p50=pinger.percentile(50),
         ping_p99=pinger.percentile(99),
         ping_max=max(pinger.seconds),
+        ping_slow=sum(took > PING_P99 + max(calm.seconds) for took in pinger.seconds),
         log_bytes=len(daemon.log) - log_before,
     )
     known += [bytes.fromhex(secret) for secret in report["secrets"]]
@@ -130,7 +135,8 @@ def check(
     kept = outcome.rss_after - outcome.rss_before
     assert kept <= AFTERWARDS, f"kept {kept >> 20} MiB, may keep {AFTERWARDS >> 20}"
     assert outcome.descriptors_after <= outcome.descriptors_before, "descriptors are left"
-    assert outcome.ping_p99 <= PING_P99, f"pings took {outcome.ping_p99:.2f} s: {outcome}"
+    # In a short test one percent is less than a ping.
+    assert outcome.ping_slow <= max(2, outcome.pings // 100), f"pings were slow: {outcome}"
     log = daemon.log
     for secret in known:
         forms = (secret.hex(), base64.b64encode(secret).decode(), repr(secret)[2:-1])
