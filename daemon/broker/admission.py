@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ...protocol import limits
-from ...protocol.errors import OutOfMemory
+from ...protocol.errors import Busy, OutOfMemory
 from ...protocol.messages import Component
 from .copy import Copy
 
@@ -19,6 +19,31 @@ def choose_victims(evictable: Iterable[Copy], missing: int) -> list[Copy] | None
         victims.append(copy)
         missing -= copy.nbytes
     return victims if missing <= 0 else None
+
+
+def choose_crowd(
+    kept: Sequence[Copy], evictable: Iterable[Copy], component: Component
+) -> list[Copy]:
+    """The idle copies that must go so that the daemon can keep track of one more component.
+
+    Least recently used first. Raises Busy when too many are in use.
+    """
+    copies = len(kept) + 1
+    tensors = sum(len(copy.component.tensors) for copy in kept) + len(component.tensors)
+    crowd = []
+    for idle in sorted(evictable, key=lambda copy: copy.last_used):
+        if copies <= limits.COMPONENTS and tensors <= limits.CATALOG_TENSORS:
+            break
+        crowd.append(idle)
+        copies, tensors = copies - 1, tensors - len(idle.component.tensors)
+    if copies > limits.COMPONENTS:
+        raise Busy(f"{limits.COMPONENTS} components are in use: close clients or evict some")
+    if tensors > limits.CATALOG_TENSORS:
+        raise Busy(
+            f"the components in use and this one have {tensors} tensors, the daemon keeps at most "
+            f"{limits.CATALOG_TENSORS}: close clients or evict some"
+        )
+    return crowd
 
 
 def explain_refusal(

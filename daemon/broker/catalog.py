@@ -31,7 +31,7 @@ from ...protocol.errors import (
 from ...protocol.manifest import check_manifest, region_bytes
 from ...protocol.messages import Component
 from . import events as e
-from .admission import choose_victims, explain_refusal
+from .admission import choose_crowd, choose_victims, explain_refusal
 from .copy import Copy
 
 _PROBE = "nonce:"  # fingerprints of regions that are filled to be probed, never committed
@@ -143,18 +143,15 @@ class Catalog:
                     )
                 if copy.state != "resident" and len(copy.waiters) >= limits.WAITERS_PER_COMPONENT:
                     raise Busy(f"{copy.component.label}: too many clients wait for it already")
-            elif len(self.copies) >= limits.COMPONENTS:
-                raise Busy(f"the daemon holds {limits.COMPONENTS} components: evict some")
-            elif self._tensors() + len(event.component.tensors) > limits.CATALOG_TENSORS:
-                raise Busy(
-                    f"the daemon's components have {self._tensors()} tensors, this one "
-                    f"{len(event.component.tensors)} more: its limit is {limits.CATALOG_TENSORS}; "
-                    "evict some"
-                )
+            else:
+                kept = [held for held in self.copies.values() if held.state != "freeing"]
+                crowd = choose_crowd(kept, self._evictable(), event.component)
         except SidecarError as error:
             yield e.Refuse(asker, error)
             return
         if copy is None:
+            for idle in crowd:
+                yield from self._drop(idle, "limit")
             yield from self._begin(now, key, event.component, event.uid, asker)
         elif copy.state == "resident":
             yield self._lease(now, copy, asker)
@@ -460,9 +457,6 @@ class Catalog:
             raise DeviceUnavailable(
                 f"the keeper of {device} is not ready: `xdit-sidecar status` shows why"
             )
-
-    def _tensors(self) -> int:
-        return sum(len(copy.component.tensors) for copy in self.copies.values())
 
     def _no_memory(self, component: Component, nbytes: int, device: str, free: int) -> SidecarError:
         return explain_refusal(component, nbytes, device, free, self.copies.values())

@@ -23,6 +23,7 @@ from ..errors import (
     DaemonLost,
     DeviceUnavailable,
     FillLost,
+    InUse,
     SidecarError,
     Unauthorized,
     UnknownComponent,
@@ -197,7 +198,12 @@ class Client:
         deadline = Deadline(timeout, should_cancel)
         session = self.session(deadline)
         hand_over = m.HandOver(device=device, component=component)
-        answer = self._ask(session, hand_over, m.Fill, deadline)
+        answer = self._exchange(session, hand_over, deadline)
+        if isinstance(answer, m.Attached):
+            self._attached(session, answer, deadline).release()
+            raise InUse(f"{component.label} is resident already: attach it")
+        if not isinstance(answer, m.Fill):
+            raise BadMessage(f"the daemon answered with a {type(answer).__name__}")
         return OpenFill(self._ask, session, component, answer.grant, deadline)
 
     # --- connection

@@ -248,6 +248,16 @@ def test_components_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scene.make_filling("s1", "c")
 
 
+def test_idle_components_make_place_for_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "COMPONENTS", 2)
+    scene = Scene()
+    for name in ("old", "young"):
+        scene.make_resident("s1", name)
+    scene.end("s1")
+    scene.make_filling("s2", "new")
+    assert scene.freed() == ["old"]
+
+
 def test_tensors_of_all_components_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "CATALOG_TENSORS", 5)
     scene = Scene()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from daemon_process import DaemonProcess
 from platforms import Platform
-from xdit_sidecar.protocol.errors import UnknownComponent
+from xdit_sidecar.protocol.errors import InUse, UnknownComponent
 from xdit_sidecar.protocol.regions.table import process_regions
 
 
@@ -46,3 +46,17 @@ def test_an_unknown_fingerprint_is_not_attached(daemon: DaemonProcess, platform:
         assert client.attach("file:" + os.urandom(32).hex(), platform.device) is None
         with pytest.raises(UnknownComponent):
             client.evict("file:" + os.urandom(32).hex(), platform.device)
+
+
+def test_a_resident_component_is_not_opened_to_fill(
+    daemon: DaemonProcess, platform: Platform
+) -> None:
+    sources = components.random_tensors()
+    component = components.describe(sources)
+    with daemon.client() as client:
+        client.hand_over(
+            component, platform.device, lambda writer: writer.copy_tensors(sources)
+        ).release()
+        with pytest.raises(InUse, match="attach it"):
+            client.open_fill(component, platform.device)
+        daemon.wait_for_status(lambda s: not s.components[0].sessions)
