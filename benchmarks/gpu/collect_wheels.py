@@ -9,7 +9,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
-PACKAGES = ["pyzmq", "msgspec", "pytest-randomly"]
+PACKAGES = [
+    *("pyzmq", "msgspec", "pytest-randomly"),
+    *("diffusers==0.42.1", "xfuser==0.7.0", "yunchang", "distvae", "importlib-metadata"),
+    *("beautifulsoup4", "soupsieve"),
+]
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 26, 27, 28, 31, 34)]
 
 

@@ -109,12 +109,18 @@ def soak_stage(output: Path, environment: dict[str, str]) -> int:
     return run([*soak, "--only", "cycles-real-cuda", "--output", str(result)], environment)
 
 
+def flux_stage(output: Path, environment: dict[str, str]) -> int:
+    """FLUX.1-dev at full size from a shared region, by one process and by two ranks."""
+    return run([sys.executable, str(HERE / "flux_forward.py"), str(output)], environment)
+
+
 STAGES = {
     "tests": test_stage,
     "sharing": sharing_stage,
     "health": health_stage,
     "demo": demo_stage,
     "soak": soak_stage,
+    "flux": flux_stage,
 }
 
 
