@@ -10,13 +10,18 @@ import logging
 import os
 import resource
 import signal
+import stat
 import sys
 from collections.abc import Iterator
+
+import zmq
 
 from ..protocol.endpoints import Endpoints, RuntimeDirError, why_not_private
 from .broker.broker import Broker
 from .broker.log import log
 from .settings import Settings
+
+_OUR_MODES = (0o700, 0o711)
 
 
 @contextlib.contextmanager
@@ -29,49 +34,72 @@ def exclusive_runtime_dir(endpoints: Endpoints, *, shared: bool) -> Iterator[Non
     directory, mode = endpoints.directory, 0o711 if shared else 0o700
     try:
         directory.mkdir(mode=mode, parents=True, exist_ok=True)
-        if shared:
-            directory.chmod(mode)
+        found = directory.stat()
+        if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) in _OUR_MODES:
+            directory.chmod(mode)  # ours from an earlier start, perhaps for other accounts
         if (problem := why_not_private(directory, owner=os.geteuid(), loosest=mode)) is not None:
             raise RuntimeDirError(
                 f"{problem}: others could stand between the daemon and its clients; "
                 f"`chmod {mode:o}` it or choose another with --runtime-dir"
             )
-        lock = os.open(endpoints.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = _take_lock(endpoints)
     except OSError as error:
         raise RuntimeDirError(f"cannot use {directory} as runtime directory: {error}") from None
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
-            raise RuntimeDirError(
-                f"a daemon (pid {holder}) serves {directory} already: use it, stop it, or choose "
-                "another directory with --runtime-dir"
-            ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # only for people who look; the lock itself is held
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         yield
+    finally:
         # Removed while still locked; a daemon that waits for nothing finds a new one.
         endpoints.lock.unlink(missing_ok=True)
-    finally:
+        os.close(lock)
+
+
+def _take_lock(endpoints: Endpoints) -> int:
+    """A descriptor of the locked lock file. Raises RuntimeDirError while a daemon holds it."""
+    while True:
+        lock = os.open(endpoints.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The daemon before us may have removed this file after we opened it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(endpoints.lock)):
+                    return lock
+        except BlockingIOError:
+            holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+            os.close(lock)
+            raise RuntimeDirError(
+                f"a daemon (pid {holder}) serves {endpoints.directory} already: use it, stop it, "
+                "or choose another directory with --runtime-dir"
+            ) from None
+        except OSError:
+            os.close(lock)
+            raise
         os.close(lock)
 
 
 async def _run(settings: Settings) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
     broker = Broker(settings)
-    broker.start()
-    log(
-        "serving",
-        directory=str(settings.endpoints.directory),
-        devices=",".join(settings.devices),
-        ranks=settings.ranks,
-        pid=os.getpid(),
-    )
     try:
+        try:
+            broker.start()
+        except (OSError, zmq.ZMQError) as error:
+            raise RuntimeDirError(
+                f"cannot serve in {settings.endpoints.directory}: {error}; see to it that there "
+                "is room and that nothing else lies there, or choose another with --runtime-dir"
+            ) from None
+        log(
+            "serving",
+            directory=str(settings.endpoints.directory),
+            devices=",".join(settings.devices),
+            ranks=settings.ranks,
+            pid=os.getpid(),
+        )
         await stop.wait()
         log("stopping")
     finally:
@@ -79,7 +107,7 @@ async def _run(settings: Settings) -> None:
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; afterwards no process, socket or memory of it remains."""
+    """Serve until SIGTERM, SIGINT or SIGHUP; afterwards nothing of it remains."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -34,7 +34,11 @@ class Settings:
         if self.ranks > 64:
             raise SettingsError(f"ranks: {self.ranks} is more than 64")
         if self.budget is not None and self.budget < limits.REGION_GRANULE:
-            raise SettingsError(f"budget: {self.budget} bytes is less than the smallest region")
+            smallest = limits.REGION_GRANULE // limits.MIB
+            raise SettingsError(
+                f"budget (--budget): {self.budget} bytes is less than the smallest region, "
+                f"{smallest} MiB"
+            )
 
     @property
     def allowed_uids(self) -> frozenset[int]:

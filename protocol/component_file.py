@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -118,13 +119,18 @@ def hand_over_file(
     Where somebody has it already only the file's header was read. ``device`` is "cpu" or a GPU's
     UUID, ``timeout`` in seconds.
     """
+    began = time.monotonic()
     found = client.attach(
         file.component.fingerprint, device, timeout=timeout, should_cancel=should_cancel
     )
     if found is not None:
         return found
     return client.hand_over(
-        file.component, device, file.fill, timeout=timeout, should_cancel=should_cancel
+        file.component,
+        device,
+        file.fill,
+        timeout=max(0.1, timeout - (time.monotonic() - began)),
+        should_cancel=should_cancel,
     )
 
 

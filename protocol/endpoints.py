@@ -64,7 +64,9 @@ def resolve_runtime_dir(given: str | os.PathLike[str] | None = None) -> Endpoint
     is too long for a unix socket.
     """
     if given is None:
-        given = os.environ.get(RUNTIME_DIR_VARIABLE)
+        given = os.environ.get(RUNTIME_DIR_VARIABLE) or None
+    if given is not None and not os.fspath(given):
+        raise RuntimeDirError("the runtime directory is empty: name one with --runtime-dir")
     if given is None:
         if base := os.environ.get("XDG_RUNTIME_DIR"):
             given = Path(base) / "xdit-sidecar"

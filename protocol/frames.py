@@ -62,7 +62,10 @@ class FrameStream:
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)
         if flags & socket.MSG_CTRUNC or len(self._descriptors) > _UNCLAIMED:
-            raise BadMessage("more file descriptors than frames announce")
+            raise BadMessage(
+                "file descriptors were lost: the peer sent more than its frames announce, or this "
+                "process may open no more (see `ulimit -n`)"
+            )
         if not data:
             raise StreamClosed("the peer closed the stream")
         self._incoming += data

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from . import limits
+from .errors import SidecarError
 from .manifest import Manifest
 
 Name = Annotated[str, Meta(max_length=limits.NAME)]
@@ -77,6 +78,7 @@ class Descriptor(Message, frozen=True, tag="descriptor"):
     """Carries one file descriptor (SCM_RIGHTS), named by an answer on the control socket."""
 
     number: Count
+    request: Count = 0  # whose answer names it; a client that withdrew the request drops it
 
 
 class RegionOrphaned(Message, frozen=True, tag="region-orphaned"):
@@ -279,6 +281,11 @@ class Failed(Message, frozen=True, tag="failed"):
 
     code: Name
     message: Text
+
+
+def failed_answer(error: SidecarError) -> Failed:
+    """An error as an answer, no longer than a receiver accepts."""
+    return Failed(error.code, str(error)[: limits.TEXT])
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ import platforms
 import pytest
 from daemon_process import DaemonProcess, running_daemon
 from xdit_sidecar.protocol.regions.cuda_driver import CudaDriver
+from xdit_sidecar.protocol.regions.table import process_regions
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest_plugins = ["pytester"]
@@ -58,6 +59,7 @@ def platform(
     yield made
     if made.name == "fake-cuda":
         gc.collect()  # views of regions that a failed test left in its traceback
+        process_regions.collect(5.0)
         CudaDriver.load().release_primary_context(0)
 
 

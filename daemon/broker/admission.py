@@ -59,6 +59,6 @@ def explain_refusal(
     text = (
         f"{component.label} needs {nbytes} bytes on {device}, {max(0, free)} can be had{held}. "
         "Options: an fp8 file, fewer resident components, the text encoder on the CPU, a larger "
-        "budget, or another GPU"
+        "--budget or smaller --reserve of the daemon, or another GPU"
     )
     return OutOfMemory(text[: limits.TEXT])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import time
@@ -14,6 +15,7 @@ from ... import __version__
 from ...protocol import codec, limits
 from ...protocol import messages as m
 from ...protocol.errors import (
+    BadMessage,
     Busy,
     DaemonLost,
     FillLost,
@@ -49,6 +51,7 @@ class Broker:
         self.settings = settings
         self.boot_id = secrets.token_hex(8)
         self.started = time.monotonic()
+        self._opened = contextlib.ExitStack()  # closes what was opened, also after a failed start
         self.catalog = Catalog(list(settings.devices), idle_seconds=settings.idle_seconds)
         self.sessions = Sessions(settings.allowed_uids)
         self.keepers = {device: self._keeper_link(device) for device in settings.devices}
@@ -58,12 +61,17 @@ class Broker:
     # --- life
 
     def start(self) -> None:
-        """Open the sockets and start the children. Call on the running event loop."""
+        """Open the sockets and start the children. Call on the running event loop.
+
+        Raises OSError or ZMQError; :meth:`close` is to be called then too.
+        """
         self._loop = asyncio.get_running_loop()
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._zmq.max_sockets = 64
+        self._opened.callback(self._zmq.destroy, linger=0)
         endpoints, allowed = self.settings.endpoints, self.settings.allowed_uids
         self._doorman = Doorman(self._zmq, self._has_session)
+        self._opened.callback(self._doorman.close)
         self.control = Router(
             self._zmq,
             endpoints.control,
@@ -76,6 +84,7 @@ class Broker:
             on_overload=self._on_overload,
             doorman=self._doorman,
         )
+        self._opened.callback(self.control.close)
         self.bulk = Router(
             self._zmq,
             endpoints.bulk,
@@ -88,6 +97,11 @@ class Broker:
             on_overload=self._on_overload,
             doorman=self._doorman,
         )
+        self._opened.callback(self.bulk.close)
+        for keeper in self.keepers.values():
+            self._opened.callback(keeper.close)
+        for rank in self.ranks:
+            self._opened.callback(rank.close)
         # Last: who can open a session finds everything else there.
         self.gate = Gate(
             endpoints.session,
@@ -95,26 +109,19 @@ class Broker:
             sessions=self.sessions,
             host=self,
         )
-        self._guard = MemoryGuard([self.control, self.bulk], self._has_session)
+        self._opened.callback(self.gate.close)
+        guard = MemoryGuard([self.control, self.bulk], self._has_session)
+        self._opened.callback(guard.close)
         for keeper in self.keepers.values():
             keeper.start()
         for rank in self.ranks:
             rank.start()
         self._ticker = self._loop.call_later(_TICK_SECONDS, self._tick)
+        self._opened.callback(lambda: self._ticker.cancel())
 
     def close(self) -> None:
         """End sessions, children and sockets; nothing remains."""
-        self._ticker.cancel()
-        self._guard.close()
-        self.gate.close()
-        for rank in self.ranks:
-            rank.close()
-        for keeper in self.keepers.values():
-            keeper.close()
-        self.control.close()
-        self.bulk.close()
-        self._doorman.close()
-        self._zmq.term()
+        self._opened.close()
 
     def _tick(self) -> None:
         self._ticker = self._loop.call_later(_TICK_SECONDS, self._tick)
@@ -138,9 +145,10 @@ class Broker:
 
     def _rank_link(self, rank: int) -> RankLink:
         devices = self.settings.devices
+        gpus = [device for device in devices if device != "cpu"] or devices
         return RankLink(
             rank,
-            devices[rank % len(devices)],
+            gpus[rank % len(gpus)],
             arguments=["--runtime-dir", str(self.settings.endpoints.directory)],
             deliver=self.answer,
         )
@@ -188,11 +196,13 @@ class Broker:
             if not isinstance(request.body, m.CancelRequest):
                 # Cancelling must work when no further request is accepted; it is answered at once.
                 self.sessions.begin_request(session, request.id)
+            elif request.id in session.requests:
+                raise BadMessage("a request with this id is open: cancel it under another id")
             asker = e.Asker(session.name, request.id)
             self._routes[asker] = (router, route)
             self._perform(session, asker, request.body)
         except SidecarError as error:
-            failed = failed_answer(error)
+            failed = m.failed_answer(error)
             if asker is not None:
                 self.answer(asker, failed)
             else:
@@ -202,7 +212,7 @@ class Broker:
         except Exception:  # noqa: BLE001  one bad request must not end the daemon
             logger.exception("request-broke uid=%d pid=%d", peer.uid, peer.pid)
             if asker is not None:
-                self.answer(asker, failed_answer(Internal("the daemon failed: see its log")))
+                self.answer(asker, m.failed_answer(Internal("the daemon failed: see its log")))
 
     def _perform(self, session: Session, asker: e.Asker, body: m.RequestBody) -> None:
         def key(device: str, fingerprint: str) -> e.Key:
@@ -250,11 +260,14 @@ class Broker:
             return
         if (session := self.sessions.open.get(asker.session)) is not None:
             session.requests.discard(asker.request)
-        router.send(route, [codec.encode(m.Answer(asker.request, body))])
+        delivered = router.send(route, [codec.encode(m.Answer(asker.request, body))])
+        if not delivered and isinstance(body, m.Fill | m.Attached):
+            # Later: this may be in the middle of carrying out what the catalog wants.
+            self._loop.call_soon(self.handle, e.RequestCancelled(asker))
 
     def _on_overload(self, router: Router, route: bytes, peer: Peer) -> None:
         # Read by nobody: which request it was is not known. Every asker has a channel to itself.
-        failed = failed_answer(Busy("too many requests of this process wait: ask more slowly"))
+        failed = m.failed_answer(Busy("too many requests of this process wait: ask more slowly"))
         log("request-refused", "warning", uid=peer.uid, pid=peer.pid, code=failed.code)
         answer = m.BulkAnswer(0, failed) if router is self.bulk else m.Answer(0, failed)
         router.send(route, [codec.encode(answer)])
@@ -271,7 +284,7 @@ class Broker:
             router.send(route, [done, *frames[1:]])
         except SidecarError as error:
             log("bulk-refused", "warning", uid=peer.uid, pid=peer.pid, code=error.code)
-            router.send(route, [codec.encode(m.BulkAnswer(request_id, failed_answer(error)))])
+            router.send(route, [codec.encode(m.BulkAnswer(request_id, m.failed_answer(error)))])
 
     # --- the catalog
 
@@ -302,7 +315,7 @@ class Broker:
             case e.Confirm(asker):
                 self.answer(asker, m.Done())
             case e.Refuse(asker, error):
-                self.answer(asker, failed_answer(error))
+                self.answer(asker, m.failed_answer(error))
             case e.NotifyOrphaned(session, region):
                 if (connection := self.gate.connection_of(session)) is not None:
                     connection.send(m.RegionOrphaned(region))
@@ -356,12 +369,12 @@ class Broker:
 
         def undelivered(error: SidecarError) -> None:
             self.handle(e.RequestCancelled(asker))
-            self.answer(asker, failed_answer(error))
+            self.answer(asker, m.failed_answer(error))
 
         def granted(grant: m.RegionGrant) -> None:
             self.answer(asker, answer(grant))
 
-        self.grant_to(asker.session, device, region, nbytes, granted, undelivered)
+        self.grant_to(asker.session, device, region, nbytes, granted, undelivered, asker.request)
 
     def grant_to(
         self,
@@ -371,8 +384,12 @@ class Broker:
         nbytes: int,
         granted: Callable[[m.RegionGrant], None],
         failed: Callable[[SidecarError], None],
+        request: int = 0,
     ) -> None:
-        """Export a region to a session; its descriptor, if it has one, is sent ahead."""
+        """Export a region to a session; its descriptor, if it has one, is sent ahead.
+
+        ``request`` is the one that this answers, if any: a client that withdrew it gets nothing.
+        """
 
         def exported(future: asyncio.Future[Answer]) -> None:
             if future.cancelled():
@@ -392,7 +409,14 @@ class Broker:
                     else DaemonLost("the session ended")
                 )
                 return
-            number = None if descriptor is None else connection.send_descriptor(descriptor)
+            if request and e.Asker(session, request) not in self._routes:
+                if descriptor is not None:
+                    os.close(descriptor)
+                failed(DaemonLost("the asker gave up"))
+                return
+            number = None
+            if descriptor is not None:
+                number = connection.send_descriptor(descriptor, request)
             granted(
                 m.RegionGrant(
                     region=region,
@@ -412,7 +436,3 @@ def _read_id(frames: list[zmq.Frame]) -> int:
         return codec.decode(frames[0].buffer, m.RequestId, limit=limits.CONTROL_FRAME).id
     except SidecarError:
         return 0
-
-
-def failed_answer(error: SidecarError) -> m.Failed:
-    return m.Failed(error.code, str(error)[: limits.TEXT])

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 
 from ...protocol import limits
 from ...protocol.errors import (
+    BadMessage,
     Busy,
     DeviceUnavailable,
     FillLost,
@@ -236,6 +237,13 @@ class Catalog:
             )
         elif copy.filler != asker.session or copy.state != "filling":
             yield e.Refuse(asker, UnknownComponent("this session fills no such region"))
+        elif copy.key.fingerprint.startswith(_PROBE):
+            yield e.Refuse(
+                asker,
+                BadMessage(
+                    "a component with a nonce for fingerprint is for probes: it is never committed"
+                ),
+            )
         else:
             copy.state, copy.answer_to = "sealing", asker
             yield e.Seal(copy.key.device, region)
@@ -284,7 +292,7 @@ class Catalog:
         waiting = [copy.waiters for copy in copies]
         for copy in copies:
             copy.waiters = []
-            yield from self._drop(copy, "filler-gone", confirm)
+            yield from self._drop(copy, "abandoned" if confirm else "filler-gone", confirm)
         for copy, (first, *others) in ((c, w) for c, w in zip(copies, waiting, strict=True) if w):
             yield from self._begin(now, copy.key, copy.component, copy.uid, first, others)
 

@@ -32,8 +32,13 @@ class ChildProcess:
             pass_fds=descriptors,
         )
         self.pid = self._process.pid
-        self._pidfd = os.pidfd_open(self.pid)
-        self._loop.add_reader(self._pidfd, self._ended)
+        self._pidfd = -1
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+            self._loop.add_reader(self._pidfd, self._ended)
+        except OSError:
+            self.discard()  # nobody would ever reap it
+            raise
 
     def kill(self) -> None:
         """SIGKILL; ``on_exit`` follows."""

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import zmq
 
 from ...protocol.peers import Peer
-from .log import log
+from .log import log, logger
 
 ENDPOINT = "inproc://zeromq.zap.01"
 _PER_TURN = 256
@@ -101,15 +101,24 @@ class Doorman:
             return
         for _ in range(_PER_TURN):
             try:
-                _, request, domain, address, *_ = self._socket.recv_multipart(zmq.NOBLOCK)
+                question = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            for call in self._before_answer:
-                call()
-            # 300 is "temporary": the connection is closed and an honest client tries again.
-            verdict = b"200" if self._admit(address.decode(), domain.decode()) else b"300"
+            try:
+                verdict = self._verdict(question)
+            except Exception:  # noqa: BLE001  without an answer there would be no next question
+                logger.exception("doorman-broke")
+                verdict = b"500"
+            request = question[1] if len(question) > 1 else b""
             self._socket.send_multipart([b"1.0", request, verdict, b"", b"", b""])
         self._loop.call_soon(self._look)
+
+    def _verdict(self, question: list[bytes]) -> bytes:
+        _, _, domain, address, *_ = question
+        for call in self._before_answer:
+            call()
+        # 300 is "temporary": the connection is closed and an honest client tries again.
+        return b"200" if self._admit(address.decode(), domain.decode()) else b"300"
 
     def _admit(self, address: str, domain: str) -> bool:
         peer, now = peer_from_address(address), time.monotonic()

@@ -69,10 +69,10 @@ class Connection:
             if self._unsent > _UNSENT:
                 self._loop.call_soon(self.close, "dropped: the client does not read")
 
-    def send_descriptor(self, descriptor: int) -> int:
-        """Send a descriptor ahead of the answer that names it. Returns its number."""
+    def send_descriptor(self, descriptor: int, request: int = 0) -> int:
+        """Send a descriptor ahead of the answer (to ``request``) that names it: its number."""
         self._descriptors += 1
-        self.send(Descriptor(self._descriptors), descriptor)
+        self.send(Descriptor(self._descriptors, request), descriptor)
         return self._descriptors
 
     def refuse(self, error: SidecarError) -> None:

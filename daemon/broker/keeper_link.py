@@ -21,7 +21,6 @@ _START_SECONDS = 60.0
 _ANSWER_SECONDS = 10.0
 _ASK_EVERY_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 5.0
-_BACKLOG = 16 * limits.MIB
 
 Answer = tuple[m.KeeperAnswerBody, int | None]
 
@@ -70,7 +69,26 @@ class KeeperLink:
     def start(self) -> None:
         """Start the process; its first frame will tell that it is ready."""
         self._restart = None
+        self._policy.started()
+        self._heard = time.monotonic()
+        self.starts += 1
+        self.state = "starting"
+        try:
+            self._open()
+        except OSError as error:  # no descriptors, processes or memory left
+            self._hang_up()
+            if self._child is not None:
+                self._child.discard()
+                self._child = None
+            self.error = f"the keeper process could not be started: {error}"
+            log("keeper-not-started", "error", device=self.device, error=self.error)
+            self._start_again()
+        else:
+            log("keeper-started", device=self.device, pid=self.pid)
+
+    def _open(self) -> None:
         ours, theirs = socket.socketpair()
+        self._stream = FrameStream(ours, backlog=m.BACKLOG)
         with theirs:
             self._child = ChildProcess(
                 "xdit_sidecar.daemon.keeper",
@@ -78,13 +96,7 @@ class KeeperLink:
                 on_exit=self._exited,
                 descriptors=[theirs.fileno()],
             )
-        self._policy.started()
-        self._heard = time.monotonic()
-        self.starts += 1
-        self.state = "starting"
-        self._stream = FrameStream(ours, backlog=_BACKLOG)
         self._loop.add_reader(ours, self._readable)
-        log("keeper-started", device=self.device, pid=self._child.pid)
 
     def ask(self, body: m.KeeperRequestBody) -> asyncio.Future[Answer]:
         """Queue a request at once. The answer's descriptor, if any, is the caller's.
@@ -99,8 +111,14 @@ class KeeperLink:
             self._asked = time.monotonic()
         request_id = self._next_id
         self._next_id += 1
+        try:
+            self._stream.queue_frame(codec.encode(m.KeeperRequest(request_id, body)))
+        except StreamClosed as error:
+            # Later: the catalog may be in the midst of an event, and losing a keeper is another.
+            self._loop.call_soon(self._overflowed, self._stream, str(error))
+            future.set_exception(KeeperGone())
+            return future
         self._pending[request_id] = future
-        self._stream.queue_frame(codec.encode(m.KeeperRequest(request_id, body)))
         self._flush()
         return future
 
@@ -177,6 +195,10 @@ class KeeperLink:
 
     # --- death
 
+    def _overflowed(self, stream: FrameStream, reason: str) -> None:
+        if self._stream is stream:
+            self._give_up(reason)
+
     def _give_up(self, reason: str | None) -> None:
         """Hang up and make sure that it ends; :meth:`_exited` goes on from there."""
         was_ready = self.state == "ready"
@@ -211,6 +233,9 @@ class KeeperLink:
             self._give_up(None)
         self.error = self.error or f"the keeper process {pid} ended with status {status}"
         log("keeper-lost", "error", device=self.device, pid=pid, status=status, error=self.error)
+        self._start_again()
+
+    def _start_again(self) -> None:
         delay = self._policy.failed()
         if delay is None:
             self.state = "failed"

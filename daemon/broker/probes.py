@@ -33,7 +33,7 @@ def probe_region(broker: Broker, session: Session, asker: Asker, probe: m.Probe)
                 broker.answer(asker, m.Probed(b""))
 
     def refuse(error: SidecarError) -> None:
-        broker.answer(asker, m.Failed(error.code, str(error)))
+        broker.answer(asker, m.failed_answer(error))
 
     def finished(future: asyncio.Future[bytes]) -> None:
         if future.cancelled():

@@ -51,12 +51,18 @@ class RankLink:
         self._restart = None
         self.starts += 1
         self.state = "starting"
-        self._child = ChildProcess(
-            "xdit_sidecar.daemon.ranks",
-            ["--rank", str(self.rank), "--device", self.device, *self._arguments],
-            on_exit=self._exited,
-        )
         self._policy.started()
+        try:
+            self._child = ChildProcess(
+                "xdit_sidecar.daemon.ranks",
+                ["--rank", str(self.rank), "--device", self.device, *self._arguments],
+                on_exit=self._exited,
+            )
+        except OSError as error:  # no descriptors, processes or memory left
+            self.error = f"the rank process could not be started: {error}"
+            log("rank-not-started", "error", rank=self.rank, error=self.error)
+            self._start_again()
+            return
         log("rank-started", rank=self.rank, device=self.device, pid=self._child.pid)
 
     def give(self, grant: m.RegionGrant, probe: m.Probe) -> asyncio.Future[bytes]:
@@ -117,6 +123,9 @@ class RankLink:
         self.error = f"the rank process {pid} ended with status {status}"
         log("rank-lost", "error", rank=self.rank, device=self.device, pid=pid, status=status)
         self._fail_all(ProbeFailed(f"rank {self.rank} died"))
+        self._start_again()
+
+    def _start_again(self) -> None:
         delay = self._policy.failed()
         if delay is None:
             self.state = "failed"

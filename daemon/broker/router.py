@@ -84,6 +84,7 @@ class Router:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.zap_domain = path.stem.encode()
         self._socket.linger = 0
+        self._socket.router_mandatory = True  # or what cannot be sent vanishes without a word
         self._socket.maxmsgsize = frame_limit
         self._socket.rcvhwm = self._socket.sndhwm = queue
         self._socket.backlog = _BACKLOG
@@ -107,13 +108,17 @@ class Router:
         self._loop.add_reader(_descriptor(self._monitor), self._watch_connections)
         self._wake()
 
-    def send(self, routing_id: bytes, frames: list[bytes | zmq.Frame]) -> None:
-        """Answer. A peer that never reads loses what exceeds its queue; nobody waits for it."""
+    def send(self, routing_id: bytes, frames: list[bytes | zmq.Frame]) -> bool:
+        """Answer; whether it could be queued. Nobody waits for a peer that never reads."""
         try:
             self._socket.send_multipart([routing_id, *frames], zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            log("answer-dropped", "warning", reason="peer does not read", socket=self._path.name)
-        self._wake()
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            return False
+        finally:
+            self._wake()
+        return True
 
     def close(self) -> None:
         """Close the socket, its connections and its file."""
@@ -230,8 +235,13 @@ class Router:
         if self._gone[descriptor]:
             return
         try:
-            connection = socket.socket(fileno=os.dup(descriptor))
+            duplicate = os.dup(descriptor)
         except OSError:
+            return
+        try:
+            connection = socket.socket(fileno=duplicate)
+        except OSError:  # no socket any more
+            os.close(duplicate)
             return
         # libzmq reports a disconnection before it closes the descriptor: if the number means
         # something else by now, that report is there, or it is no socket of ours.

@@ -58,7 +58,7 @@ class Sessions:
         if peer.uid not in self.allowed:
             raise NotAllowed(
                 f"uid {peer.uid} may not use this daemon: start one of your own, or have its "
-                "owner add your uid to trusted_uids"
+                "owner add your uid with --trust-uid"
             )
         if len(self._ungreeted) >= limits.UNGREETED_SESSIONS:
             raise Busy(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ... import __version__
-from ...protocol.errors import DaemonAbsent, SidecarError
+from ...protocol.errors import SidecarError
 from ..devices import NoDevice
 from ..settings import SettingsError
 from . import exit_status
@@ -48,12 +48,10 @@ def run(arguments: list[str]) -> int:
         app(arguments)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else exit_status.FAILED
-    except DaemonAbsent as error:
-        return _tell(error, exit_status.NO_DAEMON)
     except (SettingsError, NoDevice) as error:
         return _tell(error, exit_status.USAGE)
     except SidecarError as error:
-        return _tell(error, exit_status.FAILED)
+        return _tell(error, exit_status.of_error(error))
     return 0
 
 

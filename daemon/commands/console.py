@@ -12,7 +12,7 @@ _PLAIN_WIDTH = 200  # nothing is cut off in a file or pipe
 
 def make_console() -> Console:
     """A console on standard output."""
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         return Console()
     # Said outright, because FORCE_COLOR in the environment would win otherwise.
     return Console(force_terminal=False, no_color=True, color_system=None, width=_PLAIN_WIDTH)

@@ -61,7 +61,9 @@ def serve_command(
     ] = 0.0,
     trust_uid: Annotated[
         list[int] | None,
-        typer.Option(metavar="UID", help="Another account that may use and share components."),
+        typer.Option(
+            metavar="UID", min=0, help="Another account that may use and share components."
+        ),
     ] = None,
     runtime_dir: RuntimeDir = None,
 ) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from ...protocol import messages as m
 from ...protocol.client.client import Client
 from ...protocol.client.deadline import Deadline
-from ...protocol.errors import DaemonAbsent, SidecarError
+from ...protocol.errors import SidecarError
 from ...protocol.health.units import human_age, human_bytes
 from . import exit_status
 from .console import make_console, make_table
@@ -33,8 +33,7 @@ def status_command(json: Json = False, runtime_dir: RuntimeDir = None) -> None:
         if not json:
             raise
         typer.echo(msgspec.json.encode({"error": {"code": error.code, "message": str(error)}}))
-        absent = isinstance(error, DaemonAbsent)
-        raise typer.Exit(exit_status.NO_DAEMON if absent else exit_status.FAILED) from None
+        raise typer.Exit(exit_status.of_error(error)) from None
     if json:
         typer.echo(msgspec.json.encode(status))
     else:

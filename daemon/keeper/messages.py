@@ -9,6 +9,8 @@ from msgspec import Meta
 
 from ...protocol import limits
 
+BACKLOG = 16 * limits.MIB  # of either end of the channel: what every session may ask at once
+
 
 class KeeperMessage(msgspec.Struct, frozen=True, tag_field="type"):
     """Base of all: tagged by class name."""

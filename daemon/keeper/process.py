@@ -91,21 +91,29 @@ def answer(owner: RegionOwner, body: object) -> tuple[m.KeeperAnswerBody, int | 
 
 
 def serve(owner: RegionOwner, stream: FrameStream) -> None:
-    """Answer the broker until it closes the channel."""
+    """Answer the broker until it closes the channel.
+
+    Nothing more is read while an answer is unsent, so that the answers never pile up here.
+    """
     poller = select.poll()
     while True:
-        poller.register(stream, select.POLLIN | (select.POLLOUT if stream.has_unsent else 0))
+        poller.register(stream, select.POLLOUT if stream.has_unsent else select.POLLIN)
         poller.poll()
         try:
             stream.flush()
-            stream.read_available()
-            while (frame := stream.take_frame()) is not None:
-                request = codec.decode(frame, m.KeeperRequest, limit=limits.STREAM_FRAME)
-                body, descriptor = answer(owner, request.body)
-                stream.queue_frame(codec.encode(m.KeeperAnswer(request.id, body)), descriptor)
-            stream.flush()
+            if not stream.has_unsent:
+                stream.read_available()
+                _answer_waiting(owner, stream)
         except StreamClosed:
             return
+
+
+def _answer_waiting(owner: RegionOwner, stream: FrameStream) -> None:
+    while not stream.has_unsent and (frame := stream.take_frame()) is not None:
+        request = codec.decode(frame, m.KeeperRequest, limit=limits.STREAM_FRAME)
+        body, descriptor = answer(owner, request.body)
+        stream.queue_frame(codec.encode(m.KeeperAnswer(request.id, body)), descriptor)
+        stream.flush()
 
 
 def _report(facts: DeviceFacts) -> m.DeviceReport:
@@ -120,9 +128,11 @@ def main() -> int:
     parser.add_argument("--parent", type=int, required=True)
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
-    # Ctrl-C in a terminal reaches the whole process group; the broker decides when keepers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stream = FrameStream(socket.socket(fileno=arguments.channel))
+    # Ctrl-C, systemd and a closing terminal signal the whole group; the broker decides when
+    # keepers end, and the kernel ends them with it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    stream = FrameStream(socket.socket(fileno=arguments.channel), backlog=m.BACKLOG)
     try:
         owner = open_owner(arguments.device)
     except (CudaError, CudaUnavailable) as error:

@@ -10,10 +10,12 @@ import argparse
 import signal
 from typing import NoReturn
 
+from ...protocol import limits
 from ...protocol.client.client import Client
 from ...protocol.client.deadline import Deadline
 from ...protocol.errors import SidecarError
 from ...protocol.messages import AwaitTask, Done, FinishTask, ProbeTask
+from ...protocol.regions.cuda_driver import CudaError
 from ..child import die_with_parent
 from .probe import perform_probe
 
@@ -33,8 +35,8 @@ class RankClient(Client):
             descriptor = None if number is None else session.take_descriptor(number, deadline)
             try:
                 data, error = perform_probe(task, descriptor), None
-            except (SidecarError, RuntimeError) as failure:
-                data, error = b"", str(failure)
+            except (SidecarError, CudaError, RuntimeError) as failure:
+                data, error = b"", str(failure)[: limits.TEXT]
             result = FinishTask(task=task.task, data=data, error=error)
             self._ask(session, result, Done, Deadline(10.0))
 
@@ -48,7 +50,8 @@ def main() -> int:
     parser.add_argument("--parent", type=int, required=True)
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     import torch  # noqa: F401  before the hello, which tells the daemon which torch this is
 
     client = RankClient(arguments.runtime_dir, name=f"rank{arguments.rank}")

@@ -19,7 +19,7 @@ class Attachment:
     """Holds a lease until it is released *and* the last tensor that views the region is gone.
 
     Only then is the region unmapped and the daemon told, so that a component which somebody still
-    computes with is never evicted.
+    computes with is never evicted. (Closing the client ends the lease all the same: close it last.)
     """
 
     def __init__(
@@ -42,17 +42,20 @@ class Attachment:
     @property
     def mapping(self) -> RegionMapping:
         """The region's map in this process. Raises RegionUnavailable after :meth:`release`."""
-        if self._bytes is None:
+        return self.hold().mapping
+
+    def hold(self) -> MappingBytes:
+        """What keeps the region mapped while it is held. Raises RegionUnavailable if released."""
+        held = self._bytes
+        if held is None:
             raise RegionUnavailable(f"{self.component.label}: this attachment was released")
-        return self._bytes.mapping
+        return held
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Views of all tensors, by name, on the region's device. Never written to."""
         from ..regions.views import view_tensors
 
-        if self._bytes is None:
-            raise RegionUnavailable(f"{self.component.label}: this attachment was released")
-        return view_tensors(self._bytes, self.component.tensors)
+        return view_tensors(self.hold(), self.component.tensors)
 
     def contains(self, address: int) -> bool:
         """Whether a ``data_ptr`` lies inside the region."""

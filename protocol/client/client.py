@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import queue
 import threading
@@ -36,11 +37,14 @@ from .fill import OpenFill, RegionWriter
 from .identity import describe_process
 from .session import Channel, ClientSession
 
+_log = logging.getLogger("xdit_sidecar.client")
+
 Fill = Callable[[RegionWriter], None]
 Body = TypeVar("Body")
 
 _RETRY_SECONDS = 15.0  # how long a daemon or keeper may take to come back during one hand-over
 _RETRY_PAUSE_SECONDS = 0.1
+_CANCEL_LINGER_MS = 200
 _LetGo = tuple[m.RegionGrant, str, ClientSession]
 
 
@@ -65,6 +69,9 @@ class Client:
         )
         self._context: zmq.Context[Channel] = zmq.Context()
         self._lock = threading.Lock()
+        self._connecting = threading.Lock()
+        self._known = threading.Lock()  # of what is attached and orphaned
+        self._orphans: set[str] = set()
         self._session: ClientSession | None = None
         self._closed = False
         self._ids = itertools.count(1)
@@ -153,12 +160,16 @@ class Client:
         """
         deadline = Deadline(timeout, should_cancel)
         self.session(deadline)  # a daemon that is not there at all is told at once
-        give_up = time.monotonic() + min(timeout, _RETRY_SECONDS)
+        failing_since = 0.0
         while True:
+            began = time.monotonic()
             try:
                 return self._hand_over_once(component, device, fill, deadline)
             except (FillLost, DaemonLost, DaemonAbsent, DeviceUnavailable) as error:
-                if time.monotonic() > give_up or not deadline.remaining:
+                now = time.monotonic()
+                if not failing_since or now - began > _RETRY_SECONDS:
+                    failing_since = now  # it had come a good way before it failed
+                if now - failing_since > _RETRY_SECONDS or not deadline.remaining:
                     raise
                 failed = str(error)
             deadline.next_wait(f"handing over {component.label} ({failed})")
@@ -177,11 +188,11 @@ class Client:
         its parameters at the new tensors and releases the old attachment; when everyone has done
         so there is one copy again.
         """
-        mapping = attachment.mapping
+        held = attachment.hold()  # stays mapped, whoever releases it meanwhile
         return self.hand_over(
             attachment.component,
             attachment.device,
-            lambda writer: writer.copy_region(mapping),
+            lambda writer: writer.copy_region(held.mapping),
             timeout=timeout,
             should_cancel=should_cancel,
         )
@@ -210,7 +221,10 @@ class Client:
 
     def session(self, deadline: Deadline) -> ClientSession:
         """The open session, or a new one. Raises DaemonAbsent, NotAllowed, VersionMismatch…"""
-        with self._lock:
+        # One connects, the others wait for it, each no longer than it wants to.
+        while not self._connecting.acquire(timeout=deadline.next_wait("connecting")):
+            pass
+        try:
             if self._closed:
                 raise DaemonLost("this client is closed")
             if self._session is None or self._session.lost.is_set():
@@ -219,19 +233,30 @@ class Client:
                     self.endpoints, hello, self._context, deadline, self._orphaned
                 )
             return self._session
+        finally:
+            self._connecting.release()
 
     def close(self) -> None:
-        """End the session and its leases. What is mapped stays mapped while tensors view it."""
+        """End the session and with it its leases, so close a client last.
+
+        What tensors view stays mapped, but the daemon no longer keeps it for them.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            session, releaser = self._session, self._releaser
+            releaser = self._releaser
         if releaser is not None:
             self._let_go.put(None)
             releaser.join()
+        with self._connecting:
+            session = self._session
         if session is not None:
             session.close()
+        # A finalizer may have looked at _closed just before it was set.
+        while not self._let_go.empty():
+            if (left := self._let_go.get()) is not None:
+                process_regions.release_later(left[0])
         self._context.term()
 
     def __enter__(self) -> Client:
@@ -267,10 +292,12 @@ class Client:
             try:
                 (frame,) = _receive(channel, session, deadline)
             except BaseException:
-                # Whatever stopped the wait: the daemon must not answer it later with a lease.
-                self._withdraw(session, request)
+                self._withdraw(session, channel, request)
                 raise
-            answer = codec.decode(frame, m.Answer, limit=limits.CONTROL_FRAME).body
+            envelope = codec.decode(frame, m.Answer, limit=limits.CONTROL_FRAME)
+        if envelope.id != request:
+            raise BadMessage("the daemon answered another request")
+        answer = envelope.body
         if not isinstance(answer, m.Failed):
             return answer
         if answer.code == Unauthorized.code and session.lost.wait(1.0):
@@ -279,11 +306,17 @@ class Client:
         # callers' tensors, and so their regions, until garbage is collected.
         raise error_from_code(answer.code, answer.message)
 
-    def _withdraw(self, session: ClientSession, request: int) -> None:
-        if session.lost.is_set():
-            return
-        with contextlib.suppress(SidecarError, zmq.ZMQError):
-            self._ask(session, m.CancelRequest(request), m.Done, Deadline(1.0))
+    def _withdraw(self, session: ClientSession, channel: Channel, request: int) -> None:
+        """Whatever stopped the wait: the daemon must not answer it later with a lease.
+
+        Not waited for: who gave up waits no longer. On the same channel, so that it cannot arrive
+        before what it withdraws.
+        """
+        session.forget_request(request)
+        cancel = m.Request(session.welcome.token, next(self._ids), m.CancelRequest(request))
+        with contextlib.suppress(zmq.ZMQError):
+            channel.send(codec.encode(cancel), zmq.NOBLOCK)
+            channel.linger = _CANCEL_LINGER_MS
 
     # --- hand-over
 
@@ -320,13 +353,19 @@ class Client:
         self._start_releaser()
         lease = (grant, answer.lease, session)
         attachment = Attachment(answer.component, grant, mapping, lambda: self._put_down(lease))
-        self._attachments[id(attachment)] = attachment
+        with self._known:
+            self._attachments[id(attachment)] = attachment
+            if grant.region in self._orphans:
+                attachment.orphaned.set()
         return attachment
 
     def _orphaned(self, region: str) -> None:
-        for attachment in list(self._attachments.values()):
-            if attachment.region == region:
-                attachment.orphaned.set()
+        # The notice can overtake the attachment, whose map takes a while on a new device.
+        with self._known:
+            self._orphans.add(region)
+            for attachment in self._attachments.values():
+                if attachment.region == region:
+                    attachment.orphaned.set()
 
     # --- giving back
 
@@ -348,11 +387,13 @@ class Client:
     def _release_regions(self) -> None:
         while (lease := self._let_go.get()) is not None:
             grant, lease_id, session = lease
-            # Unmap first: the daemon may free the region as soon as the lease is gone.
-            process_regions.release(grant)
-            if not session.lost.is_set():
-                with contextlib.suppress(SidecarError, zmq.ZMQError):
+            try:
+                # Unmap first: the daemon may free the region as soon as the lease is gone.
+                process_regions.release(grant)
+                if not self._closed and not session.lost.is_set():
                     self._ask(session, m.Release(lease_id), m.Done, Deadline(5.0))
+            except Exception as error:  # noqa: BLE001  the next lease must still be given back
+                _log.warning("giving back %s failed: %s", grant.device, error)
 
 
 def _receive(channel: Channel, session: ClientSession, deadline: Deadline) -> list[bytes]:

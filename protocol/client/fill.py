@@ -8,9 +8,12 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+import zmq
+
 from .. import messages as m
 from ..errors import SidecarError, StillMapped
 from ..regions.base import MappingBytes, RegionMapping
+from ..regions.cuda_driver import CudaError
 from ..regions.table import process_regions
 from .deadline import Deadline
 from .session import ClientSession
@@ -98,6 +101,7 @@ class OpenFill:
         except BaseException:
             self._abandon()
             raise
+        self._mapping = mapping
         region = MappingBytes(mapping)
         # The region stays open as long as anybody views it, whatever became of the fill.
         weakref.finalize(region, process_regions.release_later, grant, writable=True).atexit = False
@@ -138,7 +142,7 @@ class OpenFill:
 
     def _abandon(self) -> None:
         self._open = False
-        with contextlib.suppress(SidecarError):
+        with contextlib.suppress(SidecarError, zmq.ZMQError):
             patience = min(_ABANDON_SECONDS, max(0.1, self._deadline.remaining))
             abandon = m.Abandon(self._grant.region)
             self._ask(self._session, abandon, m.Done, Deadline(patience))
@@ -149,4 +153,8 @@ class OpenFill:
     def __exit__(self, *exc: object) -> None:
         self.writer = None
         if self._open:
+            # Copies may be in flight, and a traceback may hold the views for longer: the region is
+            # given back only when nothing writes to it any more.
+            with contextlib.suppress(CudaError):
+                self._mapping.synchronize()
             self._abandon()

@@ -8,6 +8,7 @@ import select
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -123,8 +124,8 @@ class ClientSession:
         self.bulk = ChannelPool(context, endpoints.bulk, limits.BULK_QUEUE, limits.BULK_FRAME)
         self._stream = stream
         self._on_orphaned = on_orphaned
-        self._descriptors: dict[int, int] = {}
-        self._unwanted: set[int] = set()
+        self._descriptors: dict[int, tuple[int, int]] = {}  # number -> descriptor, request
+        self._withdrawn: deque[int] = deque(maxlen=limits.REQUESTS_IN_FLIGHT * 8)
         self._arrived = threading.Condition()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(
@@ -179,21 +180,27 @@ class ClientSession:
     def take_descriptor(self, number: int, deadline: Deadline) -> int:
         """The file descriptor that an answer named, now the caller's."""
         with self._arrived:
-            try:
-                while number not in self._descriptors:
-                    if self.lost.is_set():
-                        raise self.why_lost
-                    self._arrived.wait(deadline.next_wait("waiting for a file descriptor"))
-            except BaseException:
-                self._unwanted.add(number)
-                raise
-            return self._descriptors.pop(number)
+            # It is sent ahead of the answer, so it is here already or comes now.
+            while number not in self._descriptors:
+                if self.lost.is_set():
+                    raise self.why_lost
+                self._arrived.wait(deadline.next_wait("waiting for a file descriptor"))
+            return self._descriptors.pop(number)[0]
+
+    def forget_request(self, request: int) -> None:
+        """Nobody waits for this request any more: close what came with its answer, or will."""
+        with self._arrived:
+            self._withdrawn.append(request)
+            for number, (descriptor, asked) in list(self._descriptors.items()):
+                if asked == request:
+                    os.close(descriptor)
+                    del self._descriptors[number]
 
     def close(self) -> None:
         """End the session: every lease ends with it. Safe to call twice, and from any thread."""
-        if not self.lost.is_set():
-            # The reader closes the stream first and the ZeroMQ sockets afterwards.
-            with contextlib.suppress(OSError):
+        with self._arrived:
+            if not self.lost.is_set():
+                # The reader closes the stream first and the ZeroMQ sockets afterwards.
                 os.write(self._wake_write, b"x")
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -222,14 +229,13 @@ class ClientSession:
 
     def _received(self, message: StreamMessage) -> None:
         match message:
-            case Descriptor(number):
+            case Descriptor(number, request):
                 descriptor = self._stream.take_descriptor()
                 with self._arrived:
-                    if number in self._unwanted:
-                        self._unwanted.discard(number)
+                    if request and request in self._withdrawn:
                         os.close(descriptor)
                     else:
-                        self._descriptors[number] = descriptor
+                        self._descriptors[number] = (descriptor, request)
                         self._arrived.notify_all()
             case RegionOrphaned(region):
                 self._on_orphaned(region)
@@ -244,7 +250,7 @@ class ClientSession:
         self.bulk.close()
         with self._arrived:
             self.lost.set()
-            for descriptor in self._descriptors.values():
+            for descriptor, _ in self._descriptors.values():
                 os.close(descriptor)
             self._descriptors.clear()
             self._arrived.notify_all()
@@ -271,7 +277,7 @@ def _connect(endpoints: Endpoints, deadline: Deadline) -> socket.socket:
         sock.close()
         raise DaemonAbsent(
             f"no xdit-sidecar daemon answers in {endpoints.directory}: start it with "
-            "`systemctl --user start xdit-sidecar` or `xdit-sidecar serve`, or name its "
+            "`xdit-sidecar serve`, or name its "
             "directory with XDIT_SIDECAR_RUNTIME_DIR"
         ) from None
     except PermissionError:

@@ -16,7 +16,7 @@ from .visit import Visit, is_shared
 
 _PRIVATE_DIRECTORY, _SHARED_DIRECTORY = 0o700, 0o711
 _PRIVATE_SOCKET, _SHARED_SOCKET = 0o600, 0o666
-_START = "start the daemon: `systemctl --user start xdit-sidecar` or `xdit-sidecar serve`"
+_START = "start the daemon: `xdit-sidecar serve`"
 _UPDATE = "update the older of the two, then restart the daemon"
 
 

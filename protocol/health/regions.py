@@ -15,6 +15,7 @@ from ..client.fill import OpenFill
 from ..errors import DeadlineExceeded, OutOfMemory, RegionUnavailable, SidecarError
 from ..manifest import TensorSpec
 from ..regions.cuda_driver import CudaError, CudaUnavailable
+from ..regions.table import process_regions
 from .check import Finding, failed, passed, skipped, warning
 from .units import human_bytes, human_ms
 from .visit import MemoryCost, Visit
@@ -23,7 +24,7 @@ _NBYTES = limits.REGION_GRANULE
 _NONCE_BYTES = 32
 _OFFSET = _NBYTES - limits.PROBE  # near the end: all of the region must be there
 
-_RESTART = "its log names the cause (`journalctl --user -u xdit-sidecar`); then restart the daemon"
+_RESTART = "the output of `xdit-sidecar serve` names the cause; then restart the daemon"
 _HANGS = (
     "the daemon ends and restarts a keeper that stays silent for 10 s; if this comes back look "
     "at `dmesg` for GPU faults (Xid)"
@@ -161,6 +162,8 @@ class _RegionProbe:
         self.doing = "freeing the region"
         with fill:
             pass  # left without commit: abandoned
+        # Device memory comes back only when the last process has closed it.
+        process_regions.collect(max(0.0, self._deadline.remaining))
         self._deadline.next_wait(self.doing)
         if any(component.fingerprint == fingerprint for component in self._status()[1]):
             raise RegionBroken("the daemon still lists the region that was given back")

@@ -204,7 +204,8 @@ class CudaDriver:
 
     def _enter_primary(self, ordinal: int) -> _PrimaryContext:
         # The lock is held while the context is made (a second or so): two retains would need two
-        # releases.
+        # releases. Not reentrant for the same reason, so nothing that a finalizer runs may come
+        # here: RegionTable has a thread for it.
         with self._contexts_lock:
             primary = self._contexts.get(ordinal)
             if primary is None:

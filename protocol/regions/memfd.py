@@ -24,7 +24,8 @@ from .base import (
     read_exactly,
 )
 
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # from the first moment
+_COMMIT_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _BLOCK_BYTES = 512
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -88,6 +89,7 @@ class MemfdOwner(RegionOwner):
         file = os.memfd_create("xdit-sidecar", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(file, nbytes)
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SIZE_SEALS)
         except OSError:
             os.close(file)
             raise
@@ -101,7 +103,7 @@ class MemfdOwner(RegionOwner):
 
     def seal(self, region: str) -> None:
         try:
-            fcntl.fcntl(self._files[region], fcntl.F_ADD_SEALS, _SEALS)
+            fcntl.fcntl(self._files[region], fcntl.F_ADD_SEALS, _COMMIT_SEALS)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise

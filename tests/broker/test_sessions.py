@@ -49,7 +49,7 @@ def test_named_accounts_get_in_and_share(uid: int) -> None:
 @pytest.mark.parametrize("uid", [STRANGER, NOBODY, 0])
 def test_everyone_else_is_refused(uid: int) -> None:
     sessions = Sessions(frozenset({OWN, TRUSTED}))
-    with pytest.raises(NotAllowed, match=f"uid {uid} .*trusted_uids"):
+    with pytest.raises(NotAllowed, match=f"uid {uid} .*--trust-uid"):
         sessions.admit(0.0, 1, peer(uid))
     assert sessions.domain_of(uid) != sessions.domain_of(OWN)
     assert sessions.late(1e9) == []

@@ -135,7 +135,7 @@ class Deaf(Attack):
 
     def run(self, target: Target, count: int) -> int:
         component = {
-            "fingerprint": "nonce:" + "d" * 64,
+            "fingerprint": "bytes:" + "d" * 64,
             "role": "vae",
             "label": "deaf",
             "tensors": [["a", "U8", [64], 0, None]],

@@ -18,7 +18,7 @@ def small_component(number: int) -> m.Component:
     """A component of 1 KiB."""
     tensors = [TensorSpec("weight", "U8", [len(CONTENT)], 0, None)]
     return m.Component(
-        fingerprint=f"nonce:{number:064x}", role="vae", label="victim", tensors=tensors
+        fingerprint=f"bytes:{number:064x}", role="vae", label="victim", tensors=tensors
     )
 
 

@@ -109,3 +109,15 @@ def test_dtypes_go_both_ways() -> None:
         safetensors_dtype(torch.complex64)
     with pytest.raises(BadMessage, match="has no dtype"):
         torch_dtype("F4")
+
+
+@pytest.mark.parametrize("nbytes", [2**20, 2**22])
+def test_nobody_changes_the_size_of_a_region_before_commit(owner: MemfdOwner, nbytes: int) -> None:
+    owner.allocate(REGION, 2**21)
+    descriptor = owner.export(REGION).descriptor
+    assert descriptor is not None
+    try:
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
