@@ -157,4 +157,6 @@ class OpenFill:
             # given back only when nothing writes to it any more.
             with contextlib.suppress(CudaError):
                 self._mapping.synchronize()
+            # A device region is unmapped by another thread: the keeper frees it after that.
+            process_regions.collect(_ABANDON_SECONDS)
             self._abandon()
