@@ -62,7 +62,7 @@ def test_stage(output: Path, environment: dict[str, str]) -> int:
     """The sharing tests with the real driver, summarised from pytest's own report."""
     report = output / "tests.xml"
     command = [
-        *(sys.executable, "-m", "pytest", "-q", "-n", "8", "-p", "no:benchmark"),
+        *(sys.executable, "-m", "pytest", "-q", "-n", "4", "-p", "no:benchmark"),
         *("-m", "not soak and not bench", f"--junitxml={report}", *TESTS),
     ]
     began = time.monotonic()
