@@ -20,6 +20,7 @@ class Settings:
     endpoints: Endpoints
     devices: tuple[str, ...]  # "cpu" or GPU UUIDs
     ranks: int = 0
+    deadline: float = 60.0  # of one task of the ranks, and of one exchange among them
     budget: int | None = None  # per device, for regions; None: all but the reserve
     reserve: int = 512 * limits.MIB  # stays free on each device for others
     idle_seconds: float = 0.0  # 0: an unleased component stays until room is needed
@@ -31,8 +32,10 @@ class Settings:
         for name in ("ranks", "reserve", "idle_seconds"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name}: {getattr(self, name)} is negative")
-        if self.ranks > 64:
-            raise SettingsError(f"ranks: {self.ranks} is more than 64")
+        if self.ranks > limits.RANKS:
+            raise SettingsError(f"ranks: {self.ranks} is more than {limits.RANKS}")
+        if self.deadline < 1:
+            raise SettingsError(f"deadline: {self.deadline:g} s is less than one second")
         if self.budget is not None and self.budget < limits.REGION_GRANULE:
             smallest = limits.REGION_GRANULE // limits.MIB
             raise SettingsError(

@@ -1,6 +1,7 @@
-"""Two processes hand over the same weights: who maps which bytes, and how many copies there are.
+"""Two processes hand over the same weights, and the daemon's ranks draw a picture with them.
 
-Exits with 1 unless one physical copy was measured, before and after a client was killed.
+Who maps which bytes, and how many copies there are. Exits with 1 unless one physical copy was
+measured, before and after a client was killed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from xdit_sidecar.protocol.regions.cuda_driver import CudaDriver, CudaError, Cud
 _CACHE = Path(__file__).resolve().parent.parent / ".cache" / "demo"
 # What a client may read of a file that somebody else has loaded: its header, and messages.
 _HEADER_BYTES = 1 * MIB
+_RANKS = 2
 
 
 def main() -> int:
@@ -53,13 +55,13 @@ def main() -> int:
 
 def run(report: Report, wanted: str, cache: Path) -> None:
     """The story. Whatever happens, no process and no file of it remains."""
-    files = ensure_files(cache)
-    for file in files:
+    *files, transformer = ensure_files(cache)
+    for file in [*files, transformer]:
         report.say(f"{file.role}: {file.path} ({mib(file.path.stat().st_size)}, random weights)")
     free_before = _free_memory_per_device()
     with contextlib.ExitStack() as cleanup:
         start = time.monotonic()
-        daemon = Daemon(wanted)
+        daemon = Daemon(wanted, _RANKS)
         cleanup.callback(daemon.close)
         status = daemon.wait_until_ready()
         device = choose_device(report, status, wanted)
@@ -100,9 +102,33 @@ def run(report: Report, wanted: str, cache: Path) -> None:
         compare_bytes(report, [survivor, holder])
         proof.show(report, [survivor, holder])
 
+        survivor.process.stop()
+        draw(report, daemon, newcomer, transformer, cache / "picture.png")
+        whole = hand_over([newcomer], [*files, transformer])[0]
+        ranks = {rank.pid: f"rank {rank.rank}" for rank in daemon.status().ranks if rank.pid}
+        proof.show_ranks(report, whole, ranks)
+
         report.say("\nEverything is stopped.")
-        finish(report, daemon, [survivor.process, newcomer])
+        finish(report, daemon, [newcomer])
         proof.show_end(report)
+
+
+def draw(
+    report: Report, daemon: Daemon, client: ClientProcess, transformer: WeightsFile, out: Path
+) -> None:
+    """The client brings the transformer, the ranks draw."""
+    (holder,) = hand_over([client], [transformer])
+    show_hand_over(report, [holder])
+    out.unlink(missing_ok=True)
+    client.send(do="draw", out=str(out))
+    times: dict[str, float] = client.receive()
+    ranks = daemon.status().ranks
+    rows = [[what, ms(seconds)] for what, seconds in times.items()]
+    report.table(f"A picture of 256 x 256 pixels by {len(ranks)} ranks", ["part", "took"], rows)
+    report.check(
+        out.is_file() and all(rank.starts == 1 for rank in ranks),
+        f"the picture is in {out} (random weights draw noise)",
+    )
 
 
 def choose_device(report: Report, status: m.Status, wanted: str) -> m.DeviceStatus:
@@ -176,7 +202,8 @@ def compare_bytes(report: Report, holders: list[Holder]) -> None:
 def finish(report: Report, daemon: Daemon, clients: list[ClientProcess]) -> None:
     """Stop everybody in order, and check that nothing stays."""
     status = daemon.status()
-    pids = [status.pid, *(d.keeper_pid for d in status.devices if d.keeper_pid is not None)]
+    children = [*(d.keeper_pid for d in status.devices), *(rank.pid for rank in status.ranks)]
+    pids = [status.pid, *(pid for pid in children if pid is not None)]
     ends = [client.stop() for client in clients]
     end, left = daemon.stop()
     alive = [pid for pid in pids if Path(f"/proc/{pid}").exists()]

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy
+from xdit_sidecar.daemon.models.flux_config import FluxConfig
+from xdit_sidecar.daemon.models.flux_layers import flux_layers
 from xdit_sidecar.protocol.errors import BadFile
 from xdit_sidecar.protocol.safetensors_file import SafetensorsFile
 
@@ -28,12 +30,18 @@ class WeightsFile(NamedTuple):
 
 
 def ensure_files(directory: Path) -> list[WeightsFile]:
-    """The demo's files; written once (330 MB, a few seconds), afterwards only looked at."""
+    """The demo's files; written once (420 MB, a few seconds), afterwards only looked at.
+
+    The last one is the transformer.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     planned = [
         # FLUX's ae.safetensors with half of its channels.
         ("vae", "ae.safetensors", "F32", autoencoder_shapes(channels=64)),
-        ("text_encoder", "clip_l.safetensors", "F16", clip_l_shapes()),
+        ("clip_l", "clip_l.safetensors", "F16", clip_l_shapes()),
+        # Shapes of T5-XXL and FLUX.1, narrower and with fewer layers.
+        ("t5", "t5xxl.safetensors", "F16", t5_shapes()),
+        ("transformer", "flux1.safetensors", "F32", transformer_shapes()),
     ]
     files = []
     for number, (role, name, dtype, shapes) in enumerate(planned):
@@ -123,6 +131,45 @@ def clip_l_shapes(layers: int = 12, width: int = 768) -> Shapes:
     shapes["text_model.final_layer_norm.weight"] = [width]
     shapes["text_model.final_layer_norm.bias"] = [width]
     return shapes
+
+
+def t5_shapes(layers: int = 4, width: int = 256, heads: int = 4, mlp: int = 512) -> Shapes:
+    """Names and shapes of a T5 encoder in the Hugging Face layout, T5-XXL's vocabulary."""
+    shapes: Shapes = {"shared.weight": [32128, width]}
+    for layer in range(layers):
+        name = f"encoder.block.{layer}.layer"
+        for part in ("q", "k", "v", "o"):
+            shapes[f"{name}.0.SelfAttention.{part}.weight"] = [width, width]
+        if layer == 0:
+            shapes[f"{name}.0.SelfAttention.relative_attention_bias.weight"] = [32, heads]
+        shapes[f"{name}.0.layer_norm.weight"] = [width]
+        shapes[f"{name}.1.DenseReluDense.wi_0.weight"] = [mlp, width]
+        shapes[f"{name}.1.DenseReluDense.wi_1.weight"] = [mlp, width]
+        shapes[f"{name}.1.DenseReluDense.wo.weight"] = [width, mlp]
+        shapes[f"{name}.1.layer_norm.weight"] = [width]
+    shapes["encoder.final_layer_norm.weight"] = [width]
+    return shapes
+
+
+def transformer_shapes() -> Shapes:
+    """Names and shapes of a small FLUX.1 dev in Black Forest Labs' layout."""
+    small = FluxConfig(
+        in_channels=64,
+        out_channels=64,
+        hidden_size=256,
+        head_size=64,
+        mlp_size=1024,
+        double_blocks=2,
+        single_blocks=4,
+        context_width=256,
+        pooled_width=768,
+        guidance=True,
+        dtypes=("F32",),
+        scaled=False,
+        prefix="",
+        nbytes=0,
+    )
+    return {name: shape for layer in flux_layers(small) for name, shape in layer.shapes.items()}
 
 
 def _is_complete(path: Path) -> bool:

@@ -41,15 +41,16 @@ class HandedOver(TypedDict):
 
 
 class Daemon:
-    """``xdit-sidecar serve`` in a temporary runtime directory."""
+    """``xdit-sidecar serve`` with its ranks, in a temporary runtime directory."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, ranks: int) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="xdit-demo-"))
         self.runtime_dir = self.directory / "run"
         self._log = self.directory / "daemon.log"
         command = [
             *(sys.executable, "-m", "xdit_sidecar.daemon", "serve"),
             *("--device", device, "--runtime-dir", str(self.runtime_dir)),
+            *("--ranks", str(ranks)),
         ]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log)

@@ -67,6 +67,18 @@ class HostProof:
             f"included: {grown / payload:.2f} ({mib(grown)})",
         )
 
+    def show_ranks(self, report: Report, holder: Holder, ranks: dict[int, str]) -> None:
+        """Print what the ranks (pid → name) map beside a client, and check the sum of shares."""
+        self._daemon |= ranks
+        memory = self._measure([holder.process])
+        self._show_maps(report, [holder], memory)
+        payload = payload_of(holder)
+        copies = memory.share() / payload
+        report.check(
+            abs(copies - 1) < _COPIES_TOLERANCE,
+            f"physical copies with {len(ranks)} ranks computing on them: {copies:.2f}",
+        )
+
     def show_end(self, report: Report) -> None:
         """Check that nobody has a region of this demo any more."""
         left = regions_anywhere() & self._seen
@@ -132,6 +144,9 @@ class DeviceProof:
             f"physical copies, by the driver's free memory: {grown / regions:.2f} ({mib(grown)} "
             f"less is free than before the hand-over, for regions of {mib(regions)})",
         )
+
+    def show_ranks(self, report: Report, holder: Holder, ranks: dict[int, str]) -> None:
+        """Nothing: the driver does not tell a rank's maps from its own memory."""
 
     def show_end(self, report: Report) -> None:
         """Check that the device's memory has come back."""

@@ -121,6 +121,38 @@ class UnsupportedModel(SidecarError):
     code = "unsupported-model"
 
 
+class MissingComponent(SidecarError):
+    """A job names a component that is not resident on the ranks' devices."""
+
+    code = "missing-component"
+
+
+class RanksUnavailable(SidecarError):
+    """The daemon has no ranks, or its rank group failed three times in a row."""
+
+    code = "ranks-unavailable"
+
+
+class RankLost(SidecarError):
+    """A rank died or hung while it worked on the job; the group restarts by itself."""
+
+    code = "rank-lost"
+    retryable = True
+
+
+class RankFault(SidecarError):
+    """The ranks failed in a way that is not known to leave them in step; they are restarted."""
+
+    code = "rank-fault"
+    retryable = True
+
+
+class BadJob(SidecarError):
+    """A job that cannot be computed: tensors or degrees that do not fit the model."""
+
+    code = "bad-job"
+
+
 class Internal(SidecarError):
     """A fault of the daemon; its log has the details."""
 

@@ -17,7 +17,7 @@ GIB: Final = 1024 * MIB
 CONTROL_FRAME: Final = 4 * MIB  # the largest manifest and the largest status fit
 BULK_FRAME: Final = 64 * MIB
 CONTROL_PARTS: Final = 1
-BULK_PARTS: Final = 16
+BULK_PARTS: Final = 16  # a header and JOB_TENSORS frames
 BULK_MESSAGE: Final = 256 * MIB
 CONTROL_QUEUE: Final = 32  # messages that may wait in either direction of one connection
 BULK_QUEUE: Final = 8
@@ -51,3 +51,13 @@ WAITERS_PER_COMPONENT: Final = 256
 
 # safetensors headers (the format's own bound is 100 MB).
 SAFETENSORS_HEADER: Final = 100_000_000
+
+# Jobs for the ranks.
+RANKS: Final = 64
+JOBS: Final = 256  # waiting or running, of all sessions together
+JOB_TENSORS: Final = 15  # as many as a bulk message has raw frames
+JOB_COMPONENTS: Final = 8
+JOB_ADAPTERS: Final = 32
+JOB_BYTES: Final = 512 * MIB  # raw frames of all jobs that wait
+KEPT_TENSORS: Final = 256  # named by digest, of all sessions together
+KEPT_BYTES: Final = 512 * MIB  # of device memory, on each rank

@@ -41,6 +41,10 @@ def test_the_demo_measures_one_copy_twice_in_a_row(platform: Platform, tmp_path:
             assert status == 0, text
             copies = [float(c) for c in re.findall(r"physical copies, .*?: (\d+\.\d+) \(", text)]
             assert len(copies) == (6 if platform.option == "cpu" else 2), text
+            with_ranks = re.findall(r"physical copies with 2 ranks .*: (\d+\.\d+)", text)
+            assert [round(float(c)) for c in with_ranks] == (
+                [1] if platform.option == "cpu" else []
+            )
             assert all(round(count) == 1 for count in copies), text
             assert "\x1b" not in text  # plain where it is no terminal
             assert "WRONG" not in text
@@ -48,6 +52,9 @@ def test_the_demo_measures_one_copy_twice_in_a_row(platform: Platform, tmp_path:
         assert sorted(path.name for path in cache.iterdir()) == [
             "ae.safetensors",
             "clip_l.safetensors",
+            "flux1.safetensors",
+            "picture.png",
+            "t5xxl.safetensors",
         ]
     finally:
         os.rmdir(temporary)

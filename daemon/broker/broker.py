@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import zmq
 
@@ -17,9 +17,8 @@ from ...protocol import messages as m
 from ...protocol.errors import (
     BadMessage,
     Busy,
-    DaemonLost,
-    FillLost,
     Internal,
+    RankLost,
     SidecarError,
     TooLarge,
     Unsupported,
@@ -30,18 +29,24 @@ from ..keeper import messages as k
 from ..settings import Settings
 from . import events as e
 from .catalog import Catalog
+from .copy import Copy
+from .device_orders import DeviceOrders
 from .doorman import Doorman
 from .gate import Gate
+from .grants import Grants
+from .job_service import Frames, JobService
 from .keeper_link import Answer, KeeperGone, KeeperLink
 from .log import log, logger
 from .memory_guard import MemoryGuard
 from .probes import probe_region
-from .rank_link import RankLink
+from .rank_group import RankGroup
 from .report import build_status
 from .router import Router
 from .sessions import Session, Sessions
 
 _TICK_SECONDS = 1.0
+_ROOM_SECONDS = 10.0
+_LOOK_SECONDS = 0.01
 
 
 class Broker:
@@ -55,7 +60,9 @@ class Broker:
         self.catalog = Catalog(list(settings.devices), idle_seconds=settings.idle_seconds)
         self.sessions = Sessions(settings.allowed_uids)
         self.keepers = {device: self._keeper_link(device) for device in settings.devices}
-        self.ranks = [self._rank_link(rank) for rank in range(settings.ranks)]
+        self.group = self._rank_group()
+        self.service = JobService(self, self.group)
+        self._orders = DeviceOrders()
         self._routes: dict[e.Asker, tuple[Router, bytes]] = {}  # where open requests came from
 
     # --- life
@@ -69,39 +76,19 @@ class Broker:
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._zmq.max_sockets = 64
         self._opened.callback(self._zmq.destroy, linger=0)
-        endpoints, allowed = self.settings.endpoints, self.settings.allowed_uids
+        endpoints = self.settings.endpoints
         self._doorman = Doorman(self._zmq, self._has_session)
         self._opened.callback(self._doorman.close)
-        self.control = Router(
-            self._zmq,
-            endpoints.control,
-            allowed=allowed,
-            shared=self.settings.shared,
-            frame_limit=limits.CONTROL_FRAME,
-            part_limit=limits.CONTROL_PARTS,
-            queue=limits.CONTROL_QUEUE,
-            on_message=self._on_control,
-            on_overload=self._on_overload,
-            doorman=self._doorman,
+        self.control = self._router(
+            endpoints.control, limits.CONTROL_FRAME, limits.CONTROL_PARTS, limits.CONTROL_QUEUE
         )
-        self._opened.callback(self.control.close)
-        self.bulk = Router(
-            self._zmq,
-            endpoints.bulk,
-            allowed=allowed,
-            shared=self.settings.shared,
-            frame_limit=limits.BULK_FRAME,
-            part_limit=limits.BULK_PARTS,
-            queue=limits.BULK_QUEUE,
-            on_message=self._on_bulk,
-            on_overload=self._on_overload,
-            doorman=self._doorman,
+        self.bulk = self._router(
+            endpoints.bulk, limits.BULK_FRAME, limits.BULK_PARTS, limits.BULK_QUEUE
         )
-        self._opened.callback(self.bulk.close)
         for keeper in self.keepers.values():
             self._opened.callback(keeper.close)
-        for rank in self.ranks:
-            self._opened.callback(rank.close)
+        self._opened.callback(self.group.close)
+        self._opened.callback(self.service.close)
         # Last: who can open a session finds everything else there.
         self.gate = Gate(
             endpoints.session,
@@ -110,12 +97,16 @@ class Broker:
             host=self,
         )
         self._opened.callback(self.gate.close)
-        guard = MemoryGuard([self.control, self.bulk], self._has_session)
+        self.grants = Grants(self.keepers, self.gate)
+        guard = MemoryGuard(
+            [self.control, self.bulk], self._has_session, lambda: self.service.held_bytes
+        )
         self._opened.callback(guard.close)
         for keeper in self.keepers.values():
             keeper.start()
-        for rank in self.ranks:
-            rank.start()
+        if self.group.devices:
+            self.group.start()
+        self.service.start()
         self._ticker = self._loop.call_later(_TICK_SECONDS, self._tick)
         self._opened.callback(lambda: self._ticker.cancel())
 
@@ -139,26 +130,27 @@ class Broker:
             self.handle(e.KeeperReady(device, budget))
 
         def lost() -> None:
+            self._orders.forget(device)  # before the catalog gives new ones
             self.handle(e.KeeperLost(device))
 
         return KeeperLink(device, on_ready=ready, on_lost=lost)
 
-    def _rank_link(self, rank: int) -> RankLink:
-        devices = self.settings.devices
-        gpus = [device for device in devices if device != "cpu"] or devices
-        return RankLink(
-            rank,
-            gpus[rank % len(gpus)],
-            arguments=["--runtime-dir", str(self.settings.endpoints.directory)],
-            deliver=self.answer,
-        )
+    def _rank_group(self) -> RankGroup:
+        settings = self.settings
+        gpus = [device for device in settings.devices if device != "cpu"] or settings.devices
 
-    def _rank_of(self, session: Session) -> RankLink:
-        for rank in self.ranks:
-            if rank.pid == session.peer.pid:
-                rank.session = session.name
-                return rank
-        raise Unsupported("only ranks that this daemon started are given tasks")
+        def lost(error: RankLost) -> None:
+            self.service.ranks_lost(error)
+
+        return RankGroup(
+            [gpus[rank % len(gpus)] for rank in range(settings.ranks)],
+            settings.endpoints.directory,
+            deadline=settings.deadline,
+            reserve=settings.reserve,
+            deliver=self.answer,
+            on_lost=lost,
+            on_change=lambda: self.service.ranks_changed(),
+        )
 
     # --- sessions
 
@@ -176,6 +168,7 @@ class Broker:
         """A stream is gone: its leases end, its requests are forgotten."""
         for request in session.requests:
             self._routes.pop(e.Asker(session.name, request), None)
+        self.service.session_ended(session.name)
         self.handle(e.SessionEnded(session.name))
 
     def _has_session(self, peer: Peer) -> bool:
@@ -183,14 +176,28 @@ class Broker:
 
     # --- requests
 
-    def _on_control(
+    def _router(self, path: Path, frame_limit: int, part_limit: int, queue: int) -> Router:
+        router = Router(
+            self._zmq,
+            path,
+            allowed=self.settings.allowed_uids,
+            shared=self.settings.shared,
+            frame_limit=frame_limit,
+            part_limit=part_limit,
+            queue=queue,
+            on_message=self._on_message,
+            on_overload=self._on_overload,
+            doorman=self._doorman,
+        )
+        self._opened.callback(router.close)
+        return router
+
+    def _on_message(
         self, router: Router, route: bytes, peer: Peer, frames: list[zmq.Frame]
     ) -> None:
         request_id, asker = 0, None
         try:
-            if len(frames) > limits.CONTROL_PARTS:
-                raise TooLarge(f"a control message has one frame, this one {len(frames)}")
-            request = codec.decode(frames[0].buffer, m.Request, limit=limits.CONTROL_FRAME)
+            request = self._read(router, frames)
             request_id = request.id
             session = self.sessions.authorize(request.token, peer)
             if not isinstance(request.body, m.CancelRequest):
@@ -200,7 +207,7 @@ class Broker:
                 raise BadMessage("a request with this id is open: cancel it under another id")
             asker = e.Asker(session.name, request.id)
             self._routes[asker] = (router, route)
-            self._perform(session, asker, request.body)
+            self._perform(session, asker, request.body, frames[1:])
         except SidecarError as error:
             failed = m.failed_answer(error)
             if asker is not None:
@@ -214,9 +221,27 @@ class Broker:
             if asker is not None:
                 self.answer(asker, m.failed_answer(Internal("the daemon failed: see its log")))
 
-    def _perform(self, session: Session, asker: e.Asker, body: m.RequestBody) -> None:
+    def _read(self, router: Router, frames: list[zmq.Frame]) -> m.Request | m.BulkRequest:
+        """The header of a message. Raises BadMessage and TooLarge."""
+        if router is self.control:
+            if len(frames) > limits.CONTROL_PARTS:
+                raise TooLarge(f"a control message has one frame, this one {len(frames)}")
+            return codec.decode(frames[0].buffer, m.Request, limit=limits.CONTROL_FRAME)
+        if len(frames) > limits.BULK_PARTS or sum(map(len, frames)) > limits.BULK_MESSAGE:
+            raise TooLarge("a bulk message has too many or too large frames")
+        return codec.decode(frames[0].buffer, m.BulkRequest, limit=limits.STREAM_FRAME)
+
+    def _perform(
+        self,
+        session: Session,
+        asker: e.Asker,
+        body: m.RequestBody | m.BulkBody,
+        frames: list[zmq.Frame],
+    ) -> None:
+        domain = self.sessions.domain_of(session.peer.uid)
+
         def key(device: str, fingerprint: str) -> e.Key:
-            return e.Key(self.sessions.domain_of(session.peer.uid), fingerprint, device)
+            return e.Key(domain, fingerprint, device)
 
         match body:
             case m.Ping():
@@ -243,48 +268,43 @@ class Broker:
                 cancelled = e.Asker(session.name, request)
                 self._routes.pop(cancelled, None)
                 session.requests.discard(request)
+                self.service.cancel(cancelled)
                 self.handle(e.RequestCancelled(cancelled))
                 self.answer(asker, m.Done())
             case m.Probe():
                 probe_region(self, session, asker, body)
-            case m.AwaitTask():
-                self._rank_of(session).awaits(asker)
-            case m.FinishTask():
-                self._rank_of(session).finished(body)
-                self.answer(asker, m.Done())
+            case m.Echo():
+                self.answer(asker, m.Done(), frames)
+            case m.NextTask():
+                if (rank := self.group.rank_of(session.peer.pid)) is None:
+                    raise Unsupported("only ranks that this daemon started are given tasks")
+                rank.asks(asker, body, frames)
+            case m.Forward() | m.Generate() | m.Decode() | m.Encode() | m.EncodeText():
+                self.service.submit(asker, domain, body, frames)
 
-    def answer(self, asker: e.Asker, body: m.AnswerBody) -> None:
+    def answer(self, asker: e.Asker, body: m.AnswerBody, frames: Frames = ()) -> None:
         """Answer an open request; one whose asker is gone or gave up is forgotten."""
         router, route = self._routes.pop(asker, (None, b""))
         if router is None:
             return
         if (session := self.sessions.open.get(asker.session)) is not None:
             session.requests.discard(asker.request)
-        delivered = router.send(route, [codec.encode(m.Answer(asker.request, body))])
+        delivered = router.send(route, [codec.encode(m.Answer(asker.request, body)), *frames])
         if not delivered and isinstance(body, m.Fill | m.Attached):
             # Later: this may be in the middle of carrying out what the catalog wants.
             self._loop.call_soon(self.handle, e.RequestCancelled(asker))
+
+    def answer_step(self, asker: e.Asker, body: m.Step, frames: Frames) -> None:
+        """Tell an asker how far it is; the answer follows."""
+        router, route = self._routes.get(asker, (None, b""))
+        if router is not None:
+            router.send(route, [codec.encode(m.Answer(asker.request, body)), *frames])
 
     def _on_overload(self, router: Router, route: bytes, peer: Peer) -> None:
         # Read by nobody: which request it was is not known. Every asker has a channel to itself.
         failed = m.failed_answer(Busy("too many requests of this process wait: ask more slowly"))
         log("request-refused", "warning", uid=peer.uid, pid=peer.pid, code=failed.code)
-        answer = m.BulkAnswer(0, failed) if router is self.bulk else m.Answer(0, failed)
-        router.send(route, [codec.encode(answer)])
-
-    def _on_bulk(self, router: Router, route: bytes, peer: Peer, frames: list[zmq.Frame]) -> None:
-        request_id = 0
-        try:
-            if len(frames) > limits.BULK_PARTS or sum(map(len, frames)) > limits.BULK_MESSAGE:
-                raise TooLarge("a bulk message has too many or too large frames")
-            request = codec.decode(frames[0].buffer, m.BulkRequest, limit=limits.STREAM_FRAME)
-            request_id = request.id
-            self.sessions.authorize(request.token, peer)
-            done = codec.encode(m.BulkAnswer(request.id, m.Done()))
-            router.send(route, [done, *frames[1:]])
-        except SidecarError as error:
-            log("bulk-refused", "warning", uid=peer.uid, pid=peer.pid, code=error.code)
-            router.send(route, [codec.encode(m.BulkAnswer(request_id, m.failed_answer(error)))])
+        router.send(route, [codec.encode(m.Answer(0, failed))])
 
     # --- the catalog
 
@@ -297,11 +317,16 @@ class Broker:
         match instruction:
             case e.Allocate(device, region, nbytes):
                 ask = k.AllocateRegion(region, nbytes, self.settings.reserve)
-                self.ask(device, ask, lambda body: self._allocated(region, body))
+                self._orders.give(
+                    device,
+                    lambda: self.ask(device, ask, lambda body: self._allocated(region, body)),
+                )
             case e.Seal(device, region):
                 self.ask(device, k.SealRegion(region), lambda body: self._sealed(region, body))
             case e.Free(device, region):
-                self.ask(device, k.FreeRegion(region), lambda _: self.handle(e.RegionFreed(region)))
+                self._orders.give(device, lambda: self._free(device, region))
+            case e.Unmap(region):
+                self.service.close_region(region, lambda: None)
             case e.GrantFill(asker, device, region, nbytes):
                 self._export(asker, device, region, nbytes, lambda grant: m.Fill(grant=grant))
             case e.GrantLease(asker, device, region, nbytes, lease, component):
@@ -342,6 +367,20 @@ class Broker:
 
         self.keepers[device].ask(body).add_done_callback(answered)
 
+    def _free(self, device: str, region: str) -> None:
+        def free() -> None:
+            self.ask(device, k.FreeRegion(region), lambda _: self.handle(e.RegionFreed(region)))
+
+        def unmapped() -> None:
+            free()
+            self._orders.release(device)
+
+        # Ranks first: memory that is still mapped does not come back.
+        if self.service.close_region(region, unmapped):
+            self._orders.hold(device)
+        else:
+            free()
+
     def _allocated(self, region: str, body: k.KeeperAnswerBody) -> None:
         match body:
             case k.DeviceReport():
@@ -357,6 +396,25 @@ class Broker:
         else:
             self.handle(e.RegionSealed(region))
 
+    # --- what the job service needs
+
+    def find_resident(self, domain: str, fingerprint: str, device: str) -> Copy | None:
+        """The copy that jobs of this domain may use."""
+        return self.catalog.use(time.monotonic(), e.Key(domain, fingerprint, device))
+
+    async def export_to(self, session: str, copy: Copy) -> m.RegionGrant:
+        """A grant of the copy's region for a rank. Raises SidecarError."""
+        return await self.grants.obtain(session, copy.key.device, copy.region, copy.nbytes)
+
+    async def make_room(self, device: str, keep: frozenset[str]) -> None:
+        """Evict what nobody leases from a device, but for some regions; returns when it is gone."""
+        self.handle(e.RoomWanted(device, keep))
+        until = time.monotonic() + _ROOM_SECONDS
+        while self.catalog.is_freeing(device) and time.monotonic() < until:
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    # --- grants
+
     def _export(
         self,
         asker: e.Asker,
@@ -371,64 +429,16 @@ class Broker:
             self.handle(e.RequestCancelled(asker))
             self.answer(asker, m.failed_answer(error))
 
-        def granted(grant: m.RegionGrant) -> None:
-            self.answer(asker, answer(grant))
-
-        self.grant_to(asker.session, device, region, nbytes, granted, undelivered, asker.request)
-
-    def grant_to(
-        self,
-        session: str,
-        device: str,
-        region: str,
-        nbytes: int,
-        granted: Callable[[m.RegionGrant], None],
-        failed: Callable[[SidecarError], None],
-        request: int = 0,
-    ) -> None:
-        """Export a region to a session; its descriptor, if it has one, is sent ahead.
-
-        ``request`` is the one that this answers, if any: a client that withdrew it gets nothing.
-        """
-
-        def exported(future: asyncio.Future[Answer]) -> None:
-            if future.cancelled():
-                return
-            if future.exception() is not None:
-                failed(FillLost(f"the keeper of {device} died: hand over again"))
-                return
-            body, descriptor = future.result()
-            connection = self.gate.connection_of(session)
-            if not isinstance(body, k.Exported) or connection is None:
-                if descriptor is not None:
-                    os.close(descriptor)
-                refusal = body if isinstance(body, k.KeeperFailed) else None
-                failed(
-                    error_from_code(refusal.code, refusal.message)
-                    if refusal
-                    else DaemonLost("the session ended")
-                )
-                return
-            if request and e.Asker(session, request) not in self._routes:
-                if descriptor is not None:
-                    os.close(descriptor)
-                failed(DaemonLost("the asker gave up"))
-                return
-            number = None
-            if descriptor is not None:
-                number = connection.send_descriptor(descriptor, request)
-            granted(
-                m.RegionGrant(
-                    region=region,
-                    kind="memfd" if body.handle is None else "cuda_ipc",
-                    device=device,
-                    nbytes=nbytes,
-                    handle=body.handle,
-                    descriptor=number,
-                )
-            )
-
-        self.keepers[device].ask(k.ExportRegion(region)).add_done_callback(exported)
+        self.grants.give(
+            asker.session,
+            device,
+            region,
+            nbytes,
+            lambda grant: self.answer(asker, answer(grant)),
+            undelivered,
+            request=asker.request,
+            wanted=lambda: asker in self._routes,
+        )
 
 
 def _read_id(frames: list[zmq.Frame]) -> int:

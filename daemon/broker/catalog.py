@@ -79,6 +79,20 @@ class Catalog:
             if copy.key.device == device and copy.state != "freeing"
         )
 
+    def use(self, now: float, key: e.Key) -> Copy | None:
+        """The copy that a job can compute with, if there is one; that counts as using it."""
+        copy = self._current.get(key)
+        if copy is None or copy.state != "resident":
+            return None
+        copy.last_used = now
+        return copy
+
+    def is_freeing(self, device: str) -> bool:
+        """Whether memory of this device is on its way back."""
+        return any(
+            copy.state == "freeing" and copy.key.device == device for copy in self.copies.values()
+        )
+
     def fill_of(self, session: str, region: str) -> Copy:
         """The copy that this session is filling. Raises UnknownComponent."""
         copy = self.copies.get(region)
@@ -124,6 +138,10 @@ class Catalog:
                 self.budgets[device] = budget
             case e.KeeperLost(device):
                 yield from self._keeper_lost(device)
+            case e.RoomWanted(device, keep):
+                for copy in list(self._evictable(device)):
+                    if copy.region not in keep:
+                        yield from self._drop(copy, "memory")
             case e.Ticked():
                 yield from self._evict_idle(now)
 
@@ -347,6 +365,7 @@ class Catalog:
         copy.last_used = now
         if copy.state == "orphaned" and not copy.leases:
             self._forget(copy)
+            yield e.Unmap(copy.region)
             yield copy.note("orphan-gone")
 
     def _session_ended(self, now: float, session: str) -> Iterator[e.Instruction]:
@@ -454,6 +473,8 @@ class Catalog:
                 copy.state = "orphaned"
                 self.copies[copy.region] = copy
                 yield copy.note("component-orphaned", level="warning")
+            else:
+                yield e.Unmap(copy.region)
 
     # --- helpers
 

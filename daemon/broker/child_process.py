@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import subprocess
 import sys
@@ -64,20 +65,24 @@ class ChildProcess:
 class RestartPolicy:
     """When to start a child again: at once, then after pauses, and not after the third failure.
 
-    A child that lived for 30 s before it failed begins a new row.
+    A child that lived for 30 s, or did its work, before it failed begins a new row.
     """
 
     def __init__(self) -> None:
         self._failures = 0
-        self._started = 0.0
+        self._started = math.inf
 
     def started(self) -> None:
-        """The child was started now."""
+        """The child was started now, or is ready now if that takes it long."""
         self._started = time.monotonic()
+
+    def worked(self) -> None:
+        """The child did what it is for."""
+        self._failures = 0
 
     def failed(self) -> float | None:
         """The child failed now: seconds until the next start, or None to give up."""
-        lived = time.monotonic() - self._started
+        lived, self._started = time.monotonic() - self._started, math.inf
         self._failures = 1 if lived >= _STABLE_SECONDS else self._failures + 1
         if self._failures >= _FAILURES_IN_A_ROW:
             return None

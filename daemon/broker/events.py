@@ -121,6 +121,14 @@ class KeeperLost:
 
 
 @dataclass(frozen=True, slots=True)
+class RoomWanted:
+    """A job found the device full: evict what nobody leases, but for these regions."""
+
+    device: str
+    keep: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time passed; idle components may go."""
 
@@ -141,6 +149,7 @@ Event = (
     | RegionFreed
     | KeeperReady
     | KeeperLost
+    | RoomWanted
     | Ticked
 )
 
@@ -170,6 +179,13 @@ class Free:
     """Ask the keeper to free; answer with RegionFreed."""
 
     device: str
+    region: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unmap:
+    """Nobody leases this region any more, and its keeper is gone: let go of it."""
+
     region: str
 
 
@@ -228,5 +244,14 @@ class Note:
 
 
 Instruction = (
-    Allocate | Seal | Free | GrantFill | GrantLease | Confirm | Refuse | NotifyOrphaned | Note
+    Allocate
+    | Seal
+    | Free
+    | Unmap
+    | GrantFill
+    | GrantLease
+    | Confirm
+    | Refuse
+    | NotifyOrphaned
+    | Note
 )

@@ -38,9 +38,16 @@ def resident_bytes() -> int:
 class MemoryGuard:
     """Runs on the event loop from creation to :meth:`close`."""
 
-    def __init__(self, routers: Sequence[Router], known: Callable[[Peer], bool]) -> None:
+    def __init__(
+        self,
+        routers: Sequence[Router],
+        known: Callable[[Peer], bool],
+        held: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """``held``: bytes that are held on purpose, bounded elsewhere."""
         self._routers = routers
         self._known = known
+        self._held = held
         self._usual = resident_bytes() + _SLACK
         self._limit = resident_bytes() + limits.UNREAD_MEMORY
         self._looks = 0
@@ -56,11 +63,11 @@ class MemoryGuard:
     def _look(self) -> None:
         self._timer = self._loop.call_later(_PERIOD_SECONDS, self._look)
         self._looks += 1
-        resident = resident_bytes()
+        resident = resident_bytes() - self._held()
         if resident > self._limit or (resident > self._usual and not self._looks % _TRIM_EVERY):
             # Freed memory counts as resident until the allocator gives it back to the system.
             self._trim(0)
-            resident = resident_bytes()
+            resident = resident_bytes() - self._held()
         if resident <= self._limit:
             self._tries = 0
             return

@@ -9,6 +9,7 @@ from ...protocol import messages as m
 from ...protocol.errors import ProbeFailed, SidecarError
 from ..keeper import messages as k
 from .events import Asker
+from .rank_link import Result
 from .sessions import Session
 
 if TYPE_CHECKING:
@@ -35,13 +36,17 @@ def probe_region(broker: Broker, session: Session, asker: Asker, probe: m.Probe)
     def refuse(error: SidecarError) -> None:
         broker.answer(asker, m.failed_answer(error))
 
-    def finished(future: asyncio.Future[bytes]) -> None:
+    def finished(future: asyncio.Future[Result]) -> None:
         if future.cancelled():
             return
         if isinstance(error := future.exception(), SidecarError):
-            refuse(error)
-        else:
-            broker.answer(asker, m.Probed(future.result()))
+            refuse(ProbeFailed(str(error)))
+            return
+        match future.result().outcome:
+            case m.Failed(message=message):
+                refuse(ProbeFailed(message))
+            case m.Probed() as probed:
+                broker.answer(asker, probed)
 
     def lost() -> None:
         refuse(ProbeFailed(f"the keeper of {device} died at it; the daemon's log says why"))
@@ -55,16 +60,21 @@ def probe_region(broker: Broker, session: Session, asker: Asker, probe: m.Probe)
         broker.ask(device, ask, answered, lost)
         return
     index = int(probe.reader.removeprefix("rank"))
-    if index >= len(broker.ranks):
-        raise ProbeFailed(f"there is no rank {index}: this daemon has {len(broker.ranks)}")
-    rank = broker.ranks[index]
-    if rank.session is None:
-        raise ProbeFailed(f"rank {index} is {rank.state}: {rank.error or 'not ready yet'}")
-    broker.grant_to(
-        rank.session,
-        device,
-        probe.region,
-        copy.nbytes,
-        lambda grant: rank.give(grant, probe).add_done_callback(finished),
-        refuse,
-    )
+    group = broker.group
+    if index >= len(group.devices):
+        raise ProbeFailed(f"there is no rank {index}: this daemon has {len(group.devices)}")
+    if group.state != "ready" or (reader := group.links[index].session) is None:
+        raise ProbeFailed(f"rank {index} is {group.state}: {group.error or 'not ready yet'}")
+    rank = group.links[index]
+
+    def granted(grant: m.RegionGrant) -> None:
+        task = m.ProbeTask(
+            task=rank.new_task(),
+            grant=grant,
+            offset=probe.offset,
+            length=probe.length,
+            write=probe.write,
+        )
+        rank.give(task).add_done_callback(finished)
+
+    broker.grants.give(reader, device, probe.region, copy.nbytes, granted, refuse)

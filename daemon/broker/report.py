@@ -32,17 +32,41 @@ def build_status(broker: Broker) -> m.Status:
         devices=[_device(broker, keeper) for keeper in broker.keepers.values()],
         components=[_component(now, copy) for copy in copies[: limits.COMPONENTS]],
         sessions=[_session(broker, now, session) for session in broker.sessions.open.values()],
-        ranks=[
+        ranks=_ranks(broker),
+        group=_group(broker),
+    )
+
+
+def _ranks(broker: Broker) -> list[m.RankStatus]:
+    group, lines = broker.group, []
+    for rank, device in enumerate(group.devices):
+        link = group.links[rank] if rank < len(group.links) else None
+        ready = link is not None and link.state == "ready"
+        lines.append(
             m.RankStatus(
-                rank=rank.rank,
-                device=rank.device,
-                pid=rank.pid,
-                state=rank.state,
-                error=rank.error,
-                starts=rank.starts,
+                rank=rank,
+                device=device,
+                pid=link.pid if link is not None and link.state != "ended" else None,
+                state="failed" if group.state == "degraded" else "ready" if ready else "starting",
+                error=group.error or (link.error if link else None),
+                starts=group.starts,
             )
-            for rank in broker.ranks
-        ],
+        )
+    return lines
+
+
+def _group(broker: Broker) -> m.GroupStatus | None:
+    group, service = broker.group, broker.service
+    if not group.devices:
+        return None
+    return m.GroupStatus(
+        state=group.state,
+        error=group.error,
+        backend=group.backend,
+        deadline_seconds=group.deadline,
+        jobs=len(service.jobs),
+        kept_tensors=len(service.kept),
+        kept_bytes=service.kept.nbytes,
     )
 
 

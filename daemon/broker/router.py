@@ -16,7 +16,7 @@ import select
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ class Router:
         self._loop.add_reader(_descriptor(self._monitor), self._watch_connections)
         self._wake()
 
-    def send(self, routing_id: bytes, frames: list[bytes | zmq.Frame]) -> bool:
+    def send(self, routing_id: bytes, frames: Sequence[bytes | zmq.Frame]) -> bool:
         """Answer; whether it could be queued. Nobody waits for a peer that never reads."""
         try:
             self._socket.send_multipart([routing_id, *frames], zmq.NOBLOCK, copy=False)

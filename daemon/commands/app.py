@@ -12,7 +12,10 @@ from ...protocol.errors import SidecarError
 from ..devices import NoDevice
 from ..settings import SettingsError
 from . import exit_status
+from .generate import generate_command
 from .ipc import ipc
+from .load import load_command, unload_command
+from .plan import plan_command
 from .serve import serve_command
 from .status import status_command
 
@@ -24,6 +27,10 @@ app = typer.Typer(
 )
 app.command("serve")(serve_command)
 app.command("status")(status_command)
+app.command("load")(load_command)
+app.command("unload")(unload_command)
+app.command("generate")(generate_command)
+app.command("plan")(plan_command)
 app.add_typer(ipc)
 
 

@@ -37,6 +37,14 @@ def serve_command(
         ),
     ] = "auto",
     ranks: Annotated[int, typer.Option(min=0, max=64, help="Rank processes to keep.")] = 0,
+    deadline: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="How long one step of the ranks may take before they are restarted.",
+        ),
+    ] = 60.0,
     budget: Annotated[
         int | None,
         typer.Option(
@@ -75,6 +83,7 @@ def serve_command(
             endpoints=resolve_runtime_dir(runtime_dir),
             devices=choose_devices(device),
             ranks=ranks,
+            deadline=deadline,
             budget=budget,
             reserve=reserve,
             idle_seconds=idle,

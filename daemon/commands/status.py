@@ -51,8 +51,8 @@ def print_status(console: Console, status: m.Status, own: str | None = None) -> 
     )
     sessions = [session for session in status.sessions if session.session != own]
     tables = [_devices(status.devices), _components(status), _sessions(sessions)]
-    if status.ranks:
-        tables.append(_ranks(status.ranks))
+    if status.group is not None:
+        tables.append(_ranks(status.ranks, status.group))
     for table in tables:
         console.print()
         console.print(table, highlight=False, markup=False)
@@ -127,8 +127,9 @@ def _sessions(sessions: list[m.SessionStatus]) -> Table:
     return table
 
 
-def _ranks(ranks: list[m.RankStatus]) -> Table:
-    table = make_table("Ranks", ">rank", "device", ">pid", "state", ">starts", "error")
+def _ranks(ranks: list[m.RankStatus], group: m.GroupStatus) -> Table:
+    title = f"Ranks: {group.state}, {group.backend}, {group.jobs} jobs"
+    table = make_table(title, ">rank", "device", ">pid", "state", ">starts", "error")
     for rank in ranks:
         table.add_row(
             str(rank.rank),

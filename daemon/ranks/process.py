@@ -1,4 +1,4 @@
-"""A rank's loop: wait for a task on the control socket, do it, report, wait again.
+"""A rank process: meets the others, then waits for a task, does it, and waits again.
 
 A rank is a client of the broker like any other, so that its leases end with it. It waits here and
 never inside a collective.
@@ -7,57 +7,112 @@ never inside a collective.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
+import os
 import signal
-from typing import NoReturn
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from ...protocol import limits
+from ...protocol import messages as m
 from ...protocol.client.client import Client
 from ...protocol.client.deadline import Deadline
-from ...protocol.errors import SidecarError
-from ...protocol.messages import AwaitTask, Done, FinishTask, ProbeTask
-from ...protocol.regions.cuda_driver import CudaError
+from ...protocol.client.session import ClientSession
+from ...protocol.errors import BadMessage, RankFault, SidecarError
 from ..child import die_with_parent
-from .probe import perform_probe
 
+if TYPE_CHECKING:
+    from .worker import Worker
+
+# Nothing is ever downloaded, and libraries' advice to developers is not for the daemon's log.
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 _FOREVER = 10 * 365 * 86400.0
 
 
 class RankClient(Client):
     """A client that is given work."""
 
-    def serve(self) -> NoReturn:
+    def serve(self, worker: Worker) -> NoReturn:
         """Do tasks until the daemon is gone; then SidecarError."""
-        deadline = Deadline(_FOREVER)
         session = self.session(Deadline(10.0))
+        request, frames = m.NextTask(), list[memoryview]()
         while True:
-            task = self._ask(session, AwaitTask(), ProbeTask, deadline)
-            number = task.grant.descriptor
-            descriptor = None if number is None else session.take_descriptor(number, deadline)
-            try:
-                data, error = perform_probe(task, descriptor), None
-            except (SidecarError, CudaError, RuntimeError) as failure:
-                data, error = b"", str(failure)[: limits.TEXT]
-            result = FinishTask(task=task.task, data=data, error=error)
-            self._ask(session, result, Done, Deadline(10.0))
+            task, inputs = self._next(session, request, frames)
+            outcome, frames = worker.perform(
+                task, inputs, lambda number: session.take_descriptor(number, Deadline(10.0))
+            )
+            request = m.NextTask(task=task.task, outcome=outcome)
+
+    def refuse(self, error: BaseException) -> None:
+        """Tell the broker why this rank ends before it has begun."""
+        reason = m.failed_answer(RankFault(f"{type(error).__name__}: {error}"))
+        with contextlib.suppress(SidecarError):
+            session = self.session(Deadline(5.0))
+            with self.exchanges.open(session, m.NextTask(outcome=reason), Deadline(1.0)):
+                self.ping(timeout=1.0)  # answered after the reason was read
+
+    def _next(
+        self, session: ClientSession, request: m.NextTask, frames: Sequence[memoryview]
+    ) -> tuple[m.Task, list[bytes]]:
+        task, inputs = self.exchanges.exchange(session, request, Deadline(_FOREVER), frames)
+        if not isinstance(task, m.Task):
+            raise BadMessage(f"the daemon gave a {type(task).__name__} for a task")
+        return task, inputs
 
 
 def main() -> int:
     """Entry point of a rank process."""
     parser = argparse.ArgumentParser(prog="xdit-sidecar-rank")
     parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--device", required=True)
+    parser.add_argument("--backend", choices=["gloo", "nccl"], required=True)
+    parser.add_argument("--meeting-file", type=Path, required=True)
+    parser.add_argument("--deadline", type=float, required=True)
+    parser.add_argument("--reserve", type=int, required=True)
     parser.add_argument("--runtime-dir", required=True)
     parser.add_argument("--parent", type=int, required=True)
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    import torch  # noqa: F401  before the hello, which tells the daemon which torch this is
+    # What a rank that hangs is doing: `kill -USR1` has it written to the daemon's log.
+    faulthandler.register(signal.SIGUSR1)
+    os.environ.update(_ENVIRONMENT)
+    # Each taking all cores, ranks would wait for each other's threads most of the time.
+    cores = len(os.sched_getaffinity(0)) // arguments.world_size
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+    # torch's own choice lies in /tmp under a name that anybody can take before.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache_directory() / "torchinductor"))
+    # After the environment, and before the hello, which tells the daemon which torch this is.
+    from .worker import Worker
 
     client = RankClient(arguments.runtime_dir, name=f"rank{arguments.rank}")
     try:
-        client.serve()
+        try:
+            worker = Worker.meet(
+                rank=arguments.rank,
+                world_size=arguments.world_size,
+                device=arguments.device,
+                backend=arguments.backend,
+                meeting_file=arguments.meeting_file,
+                deadline=arguments.deadline,
+                reserve=arguments.reserve,
+            )
+        except Exception as error:
+            client.refuse(error)
+            raise
+        client.serve(worker)
     except SidecarError:
         return 1
     finally:
         client.close()
+
+
+def _cache_directory() -> Path:
+    """Where compiled code outlives the daemon: systemd's directory for it, or the account's."""
+    if given := os.environ.get("CACHE_DIRECTORY"):
+        return Path(given.partition(":")[0])
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "xdit-sidecar"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import queue
@@ -15,7 +14,6 @@ from typing import TypeVar
 
 import zmq
 
-from .. import codec, limits
 from .. import messages as m
 from ..endpoints import resolve_runtime_dir
 from ..errors import (
@@ -26,13 +24,12 @@ from ..errors import (
     FillLost,
     InUse,
     SidecarError,
-    Unauthorized,
     UnknownComponent,
-    error_from_code,
 )
 from ..regions.table import process_regions
 from .attachment import Attachment
 from .deadline import Deadline, ShouldCancel
+from .exchange import Exchanges
 from .fill import OpenFill, RegionWriter
 from .identity import describe_process
 from .session import Channel, ClientSession
@@ -44,7 +41,6 @@ Body = TypeVar("Body")
 
 _RETRY_SECONDS = 15.0  # how long a daemon or keeper may take to come back during one hand-over
 _RETRY_PAUSE_SECONDS = 0.1
-_CANCEL_LINGER_MS = 200
 _LetGo = tuple[m.RegionGrant, str, ClientSession]
 
 
@@ -74,7 +70,7 @@ class Client:
         self._orphans: set[str] = set()
         self._session: ClientSession | None = None
         self._closed = False
-        self._ids = itertools.count(1)
+        self.exchanges = Exchanges()
         self._attachments: weakref.WeakValueDictionary[int, Attachment] = (
             weakref.WeakValueDictionary()
         )
@@ -111,16 +107,7 @@ class Client:
     ) -> list[bytes]:
         """Send raw frames over the bulk socket and get them back."""
         deadline = Deadline(timeout, should_cancel)
-        session = self.session(deadline)
-        request = m.BulkRequest(session.welcome.token, next(self._ids), m.Echo())
-        with session.bulk.channel() as channel:
-            # Copied: pyzmq sends large buffers uncopied only with a thread of its own, for good.
-            channel.send_multipart([codec.encode(request), *frames])
-            header, *back = _receive(channel, session, deadline)
-            answer = codec.decode(header, m.BulkAnswer, limit=limits.STREAM_FRAME)
-        if isinstance(answer.body, m.Failed):
-            raise error_from_code(answer.body.code, answer.body.message)
-        return back
+        return self.exchanges.exchange(self.session(deadline), m.Echo(), deadline, frames)[1]
 
     # --- components
 
@@ -136,7 +123,7 @@ class Client:
         deadline = Deadline(timeout, should_cancel)
         session = self.session(deadline)
         try:
-            answer = self._ask(
+            answer = self.exchanges.ask(
                 session, m.Attach(device=device, fingerprint=fingerprint), m.Attached, deadline
             )
         except UnknownComponent:
@@ -209,13 +196,13 @@ class Client:
         deadline = Deadline(timeout, should_cancel)
         session = self.session(deadline)
         hand_over = m.HandOver(device=device, component=component)
-        answer = self._exchange(session, hand_over, deadline)
+        answer, _ = self.exchanges.exchange(session, hand_over, deadline)
         if isinstance(answer, m.Attached):
             self._attached(session, answer, deadline).release()
             raise InUse(f"{component.label} is resident already: attach it")
         if not isinstance(answer, m.Fill):
             raise BadMessage(f"the daemon answered with a {type(answer).__name__}")
-        return OpenFill(self._ask, session, component, answer.grant, deadline)
+        return OpenFill(self.exchanges.ask, session, component, answer.grant, deadline)
 
     # --- connection
 
@@ -268,55 +255,7 @@ class Client:
     # --- requests
 
     def _request(self, body: m.RequestBody, expected: type[Body], deadline: Deadline) -> Body:
-        return self._ask(self.session(deadline), body, expected, deadline)
-
-    def _ask(
-        self,
-        session: ClientSession,
-        body: m.RequestBody,
-        expected: type[Body],
-        deadline: Deadline,
-    ) -> Body:
-        answer = self._exchange(session, body, deadline)
-        if not isinstance(answer, expected):
-            raise BadMessage(f"the daemon answered with a {type(answer).__name__}")
-        return answer
-
-    def _exchange(
-        self, session: ClientSession, body: m.RequestBody, deadline: Deadline
-    ) -> m.AnswerBody:
-        """One request and its answer; refusals are raised."""
-        request = next(self._ids)
-        with session.control.channel() as channel:
-            channel.send(codec.encode(m.Request(session.welcome.token, request, body)))
-            try:
-                (frame,) = _receive(channel, session, deadline)
-            except BaseException:
-                self._withdraw(session, channel, request)
-                raise
-            envelope = codec.decode(frame, m.Answer, limit=limits.CONTROL_FRAME)
-        if envelope.id != request:
-            raise BadMessage("the daemon answered another request")
-        answer = envelope.body
-        if not isinstance(answer, m.Failed):
-            return answer
-        if answer.code == Unauthorized.code and session.lost.wait(1.0):
-            raise session.why_lost
-        # Not through a local variable: error, traceback and frame would be a cycle that keeps the
-        # callers' tensors, and so their regions, until garbage is collected.
-        raise error_from_code(answer.code, answer.message)
-
-    def _withdraw(self, session: ClientSession, channel: Channel, request: int) -> None:
-        """Whatever stopped the wait: the daemon must not answer it later with a lease.
-
-        Not waited for: who gave up waits no longer. On the same channel, so that it cannot arrive
-        before what it withdraws.
-        """
-        session.forget_request(request)
-        cancel = m.Request(session.welcome.token, next(self._ids), m.CancelRequest(request))
-        with contextlib.suppress(zmq.ZMQError):
-            channel.send(codec.encode(cancel), zmq.NOBLOCK)
-            channel.linger = _CANCEL_LINGER_MS
+        return self.exchanges.ask(self.session(deadline), body, expected, deadline)
 
     # --- hand-over
 
@@ -325,12 +264,12 @@ class Client:
     ) -> Attachment:
         session = self.session(deadline)
         hand_over = m.HandOver(device=device, component=component)
-        answer = self._exchange(session, hand_over, deadline)
+        answer, _ = self.exchanges.exchange(session, hand_over, deadline)
         if isinstance(answer, m.Attached):
             return self._attached(session, answer, deadline)
         if not isinstance(answer, m.Fill):
             raise BadMessage(f"the daemon answered with a {type(answer).__name__}")
-        with OpenFill(self._ask, session, component, answer.grant, deadline) as opened:
+        with OpenFill(self.exchanges.ask, session, component, answer.grant, deadline) as opened:
             if opened.writer is not None:
                 fill(opened.writer)
             return self._attached(session, opened.commit(), deadline)
@@ -348,7 +287,7 @@ class Client:
             mapping = process_regions.acquire(grant, descriptor)
         except BaseException:
             with contextlib.suppress(SidecarError, zmq.ZMQError):
-                self._ask(session, m.Release(answer.lease), m.Done, Deadline(1.0))
+                self.exchanges.ask(session, m.Release(answer.lease), m.Done, Deadline(1.0))
             raise
         self._start_releaser()
         lease = (grant, answer.lease, session)
@@ -391,13 +330,6 @@ class Client:
                 # Unmap first: the daemon may free the region as soon as the lease is gone.
                 process_regions.release(grant)
                 if not self._closed and not session.lost.is_set():
-                    self._ask(session, m.Release(lease_id), m.Done, Deadline(5.0))
+                    self.exchanges.ask(session, m.Release(lease_id), m.Done, Deadline(5.0))
             except Exception as error:  # noqa: BLE001  the next lease must still be given back
                 _log.warning("giving back %s failed: %s", grant.device, error)
-
-
-def _receive(channel: Channel, session: ClientSession, deadline: Deadline) -> list[bytes]:
-    while not channel.poll(max(1, int(deadline.next_wait("waiting for the daemon") * 1000))):
-        if session.lost.is_set():
-            raise session.why_lost
-    return channel.recv_multipart()

@@ -24,6 +24,10 @@ class Deadline:
         self._end = time.monotonic() + seconds
         self._should_cancel = should_cancel
 
+    def restart(self) -> None:
+        """Count from now: there was a sign of life."""
+        self._end = time.monotonic() + self.seconds
+
     @property
     def remaining(self) -> float:
         """Seconds left, at least 0."""

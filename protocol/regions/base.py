@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import abc
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..errors import ProbeFailed
 from ..messages import RegionKind
+from .file_parts import FilePart, OnBytes, unheard
 
 # Read from a file at a time, where the bytes must pass through this process.
 _STAGE_BYTES = 32 * 1024 * 1024
@@ -106,12 +108,28 @@ class RegionMapping(abc.ABC):
         The descriptor's own position is left alone. Raises OSError, and EOFError when the file
         ends before that.
         """
-        check_range(offset, length, self.nbytes)
-        stage = memoryview(bytearray(min(length, _STAGE_BYTES)))
-        for done in range(0, length, _STAGE_BYTES):
-            piece = stage[: length - done]
-            read_exactly(descriptor, position + done, piece)
-            self.write(offset + done, piece)
+        self.read_file_parts(descriptor, [FilePart(position, offset, length)])
+
+    def read_file_parts(
+        self, descriptor: int, parts: Sequence[FilePart], on_bytes: OnBytes = unheard
+    ) -> None:
+        """Read many parts of a file, which must not overlap in the region, in any order.
+
+        Like :meth:`read_file`; here through one pageable buffer, in order.
+        """
+        self._check_parts(parts)
+        longest = max((part.length for part in parts), default=0)
+        stage = memoryview(bytearray(min(longest, _STAGE_BYTES)))
+        for position, offset, length in parts:
+            for done in range(0, length, _STAGE_BYTES):
+                piece = stage[: length - done]
+                read_exactly(descriptor, position + done, piece)
+                self.write(offset + done, piece)
+                on_bytes(piece.nbytes)
+
+    def _check_parts(self, parts: Sequence[FilePart]) -> None:
+        for part in parts:
+            check_range(part.offset, part.length, self.nbytes)
 
     def copy_region(self, source: RegionMapping) -> None:
         """Copy a whole region of the same layout, for example one whose keeper died."""

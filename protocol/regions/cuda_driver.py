@@ -24,9 +24,11 @@ from .cuda_library import (
     Device,
     DevicePointer,
     Function,
+    HostPointer,
     Int,
     IpcHandle,
     Size,
+    Stream,
     UInt,
     Uuid,
     load_functions,
@@ -38,6 +40,8 @@ _DEFAULT_LIBRARY = "libcuda.so.1"
 _IPC_LAZY_ENABLE_PEER_ACCESS = 1
 _ATTRIBUTE_MEMORY_TYPE = 2
 _MEMORY_TYPE_HOST = 1
+_HOST_ALLOC_PORTABLE = 1
+_STREAM_NON_BLOCKING = 1
 _NAME_BYTES = 256
 # A read-only buffer has no address that ctypes may take, so it is copied in pieces of this size.
 _STAGE_BYTES = 16 << 20
@@ -293,6 +297,42 @@ class CudaDriver:
             array = ctypes.c_char * piece.nbytes
             host = array.from_buffer_copy(piece) if view.readonly else array.from_buffer(piece)
             self._call("cuMemcpyHtoD_v2", ptr + start, ctypes.addressof(host), piece.nbytes)
+
+    def mem_host_alloc(self, nbytes: int) -> int:
+        """Allocate pinned host memory, which the device copies from by itself (55 GB/s)."""
+        _require_bytes(nbytes, at_least=1)
+        pointer = HostPointer()
+        self._call("cuMemHostAlloc", ctypes.byref(pointer), nbytes, _HOST_ALLOC_PORTABLE)
+        return pointer.value or 0
+
+    def mem_free_host(self, ptr: int) -> None:
+        """Free what ``mem_host_alloc`` gave, after the copies from it are done."""
+        self._call("cuMemFreeHost", ptr)
+
+    def view_host(self, ptr: int, nbytes: int) -> memoryview:
+        """The bytes of pinned memory, writable; not to be touched once it is freed."""
+        return memoryview((ctypes.c_ubyte * nbytes).from_address(ptr)).cast("B")
+
+    def stream_create(self) -> int:
+        """A stream that neither waits for the legacy default stream nor is waited for by it."""
+        stream = Stream()
+        self._call("cuStreamCreate", ctypes.byref(stream), _STREAM_NON_BLOCKING)
+        return stream.value or 0
+
+    def stream_synchronize(self, stream: int) -> None:
+        """Wait until all work of a stream is done. A fault in it is raised here."""
+        self._call("cuStreamSynchronize", stream)
+
+    def stream_destroy(self, stream: int) -> None:
+        """Give a stream back. Its work is not waited for."""
+        self._call("cuStreamDestroy_v2", stream)
+
+    def copy_to_device_async(self, ptr: int, host: int, nbytes: int, stream: int) -> None:
+        """Copy ``nbytes`` of pinned memory at ``host`` to ``ptr`` on a stream. Returns before it is
+        done: leave the source alone until ``stream_synchronize``."""
+        _require_bytes(nbytes)
+        if nbytes:
+            self._call("cuMemcpyHtoDAsync_v2", ptr, host, nbytes, stream)
 
     def copy_from_device(self, ptr: int, nbytes: int) -> bytes:
         """Copy ``nbytes`` from ``ptr`` to the host, after the default stream's earlier work."""

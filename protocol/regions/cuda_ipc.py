@@ -8,6 +8,8 @@ several. The driver cannot enforce that a committed region is read-only; nobody 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..errors import RegionUnavailable
 from .base import (
     DeviceFacts,
@@ -18,6 +20,8 @@ from .base import (
     check_range,
 )
 from .cuda_driver import CudaDriver, CudaError, CudaUnavailable
+from .file_parts import FilePart, OnBytes, unheard
+from .staging import read_through_pinned
 
 _OUT_OF_MEMORY = 2
 
@@ -115,6 +119,16 @@ class CudaIpcMapping(RegionMapping):
         check_range(offset, len(data), self.nbytes)
         with self._driver.context(self.ordinal):
             self._driver.copy_to_device(self.address + offset, data)
+
+    def read_file_parts(
+        self, descriptor: int, parts: Sequence[FilePart], on_bytes: OnBytes = unheard
+    ) -> None:
+        """Also raises CudaError. Does not wait for what other streams do to the region."""
+        self._check_parts(parts)
+        rest = read_through_pinned(
+            self._driver, self.ordinal, self.address, descriptor, parts, on_bytes
+        )
+        super().read_file_parts(descriptor, rest, on_bytes)
 
     def copy_region(self, source: RegionMapping) -> None:
         if not isinstance(source, CudaIpcMapping) or source.ordinal != self.ordinal:

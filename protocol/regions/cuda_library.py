@@ -61,6 +61,12 @@ _SIGNATURES: Mapping[str, tuple[type, ...]] = {
     "cuMemcpyHtoD_v2": (DevicePointer, HostPointer, Size),
     "cuMemcpyDtoH_v2": (HostPointer, DevicePointer, Size),
     "cuMemcpyDtoD_v2": (DevicePointer, DevicePointer, Size),
+    "cuMemHostAlloc": (ctypes.POINTER(HostPointer), Size, UInt),
+    "cuMemFreeHost": (HostPointer,),
+    "cuMemcpyHtoDAsync_v2": (DevicePointer, HostPointer, Size, Stream),
+    "cuStreamCreate": (ctypes.POINTER(Stream), UInt),
+    "cuStreamSynchronize": (Stream,),
+    "cuStreamDestroy_v2": (Stream,),
     "cuMemsetD8Async": (DevicePointer, ctypes.c_ubyte, Size, Stream),
     "cuPointerGetAttribute": (ctypes.c_void_p, Int, DevicePointer),
 }

@@ -7,11 +7,13 @@ a write-sealed file through a writable one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Sequence
 
 from ..errors import RegionUnavailable, StillMapped
 from .base import (
@@ -23,10 +25,14 @@ from .base import (
     check_range,
     read_exactly,
 )
+from .file_parts import Batch, FilePart, OnBytes, plan_batches, unheard
+from .readers import read_in_parallel
 
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # from the first moment
 _COMMIT_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _BLOCK_BYTES = 512
+_READERS = 2  # one leaves half of what memory gives unused, where there are two processors
+_BATCH_BYTES = 16 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -169,12 +175,21 @@ class MemfdMapping(RegionMapping):
         self._require_writable()
         self.buffer(offset, len(data))[:] = data
 
-    def read_file(self, descriptor: int, position: int, offset: int, length: int) -> None:
-        check_range(offset, length, self.nbytes)
+    def read_file_parts(
+        self, descriptor: int, parts: Sequence[FilePart], on_bytes: OnBytes = unheard
+    ) -> None:
+        self._check_parts(parts)
         self._require_writable()
-        # The kernel copies from the file's pages to the region's: nothing lies in between.
-        with self.buffer(offset, length) as target:
-            read_exactly(descriptor, position, target)
+
+        def read(batch: Batch) -> None:
+            # The kernel copies from the file's pages to the region's: nothing lies in between.
+            for position, offset, length in batch:
+                with self.buffer(offset, length) as target:
+                    read_exactly(descriptor, position, target)
+
+        batches = list(plan_batches(parts, _BATCH_BYTES))
+        readers = min(_READERS, len(batches))
+        read_in_parallel(batches, lambda: contextlib.nullcontext(read), readers, on_bytes)
 
     def _require_writable(self) -> None:
         if not self.writable:

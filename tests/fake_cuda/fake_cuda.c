@@ -10,6 +10,7 @@
  *   FAKE_CUDA_DEVICES        how many there are (1)
  *   FAKE_CUDA_MEMORY         bytes of each (16 GiB)
  *   FAKE_CUDA_CONTEXT_BYTES  what a process's context costs (64 MiB)
+ *   FAKE_CUDA_PINNED         bytes of host memory that a process may pin (no limit)
  *   FAKE_CUDA_ASYNC_MS       how late queued work is done (0)
  *   FAKE_CUDA_FAIL           "cuMemAlloc_v2=2,cuInit=999": what these calls return
  *   FAKE_CUDA_FAIL_FILE      file with the same text, to break a process that runs

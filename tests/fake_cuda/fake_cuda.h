@@ -38,6 +38,10 @@ int begin_in_context(const char *call, struct context **context);
 /* memory.c */
 void drop_mappings(struct context *context);
 
+/* host_memory.c */
+int is_pinned(const void *source, size_t bytes);
+int is_stream(const void *stream);
+
 /* settings.c: read at every call, so that a test may change them in a running process. */
 uint64_t setting(const char *name, uint64_t otherwise);
 int injected(const char *call); /* the code that a test wants this call to return, or OK */
@@ -50,7 +54,7 @@ int ledger_charge_context(int device, uint64_t bytes);
 void ledger_discharge_context(int device);
 int ledger_read(int device, uint64_t *unused, uint64_t *total);
 
-/* work_queue.c: the legacy stream. */
+/* work_queue.c: what every stream does, in one order. */
 int work_enqueue_set(unsigned char *target, unsigned char value, size_t bytes);
 int work_enqueue_copy(unsigned char *target, const unsigned char *source, size_t bytes);
 void work_wait(void);

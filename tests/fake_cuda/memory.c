@@ -261,6 +261,21 @@ int cuMemcpyHtoD_v2(CUdeviceptr target, const void *source, size_t bytes)
     return OK;
 }
 
+/* Stricter than the real driver, which copies from pageable memory as well, but not by itself. */
+int cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void *source, size_t bytes, void *stream)
+{
+    BEGIN("cuMemcpyHtoDAsync_v2");
+    if (!is_stream(stream))
+        return INVALID_HANDLE;
+    if (!is_pinned(source, bytes))
+        return INVALID_VALUE;
+    pthread_mutex_lock(&lock);
+    unsigned char *to = locate(target, bytes);
+    int code = to ? work_enqueue_copy(to, source, bytes) : INVALID_VALUE;
+    pthread_mutex_unlock(&lock);
+    return code;
+}
+
 int cuMemcpyDtoH_v2(void *target, CUdeviceptr source, size_t bytes)
 {
     BEGIN("cuMemcpyDtoH_v2");

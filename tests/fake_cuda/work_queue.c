@@ -1,4 +1,4 @@
-/* The legacy stream: one worker thread per process does queued work in order, FAKE_CUDA_ASYNC_MS
+/* All streams as one: one worker thread per process does queued work in order, FAKE_CUDA_ASYNC_MS
  * late. A caller that forgets to synchronise is thus caught by a test instead of by a user. */
 #define _GNU_SOURCE
 #include "fake_cuda.h"

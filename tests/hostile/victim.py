@@ -29,7 +29,7 @@ def main() -> None:
         session = client.session(deadline)
         attached = client.hand_over(small_component(1), "cpu", lambda w: w.write(0, CONTENT))
         attach = m.Attach(device="cpu", fingerprint=small_component(1).fingerprint)
-        lease = client._ask(session, attach, m.Attached, deadline)
+        lease = client.exchanges.ask(session, attach, m.Attached, deadline)
         with client.open_fill(small_component(2), "cpu") as fill:
             assert fill.writer is not None
             fill.writer.write(0, CONTENT)
@@ -43,7 +43,7 @@ def main() -> None:
             sys.stdin.readline()
             assert fill.probe("keeper", length=256) == CONTENT[:256]
             assert attached.mapping.read(0, len(CONTENT)) == CONTENT
-            client._ask(session, m.Release(lease.lease), m.Done, Deadline(20))
+            client.exchanges.ask(session, m.Release(lease.lease), m.Done, Deadline(20))
             print("intact", flush=True)
         attached.release()
 

@@ -21,7 +21,6 @@ UNIONS: list[Any] = [
     m.Request,
     m.Answer,
     m.BulkRequest,
-    m.BulkAnswer,
     k.KeeperRequest,
     k.KeeperAnswer,
 ]
@@ -41,8 +40,9 @@ def instances(info: Any) -> st.SearchStrategy[Any]:
             return st.booleans()
         case msgspec.inspect.IntType(ge=low, le=high):
             return st.integers(low if low is not None else -(2**63), high or 2**63 - 1)
-        case msgspec.inspect.FloatType():
-            return st.floats(allow_nan=False)
+        case msgspec.inspect.FloatType(gt=above, ge=low, le=high):
+            least = low if above is None else above
+            return st.floats(least, high, exclude_min=above is not None, allow_nan=False)
         case msgspec.inspect.StrType(pattern=str(pattern), min_length=shortest):
             return st.from_regex(re.compile(pattern), fullmatch=True).filter(
                 lambda text: (shortest or 0) <= len(text) <= limits.NAME
@@ -57,6 +57,12 @@ def instances(info: Any) -> st.SearchStrategy[Any]:
             return st.one_of([instances(one) for one in types])
         case msgspec.inspect.ListType(item_type=item, min_length=shortest):
             return st.lists(instances(item), min_size=shortest or 0, max_size=3)
+        case msgspec.inspect.DictType(key_type=key, value_type=value):
+            return st.dictionaries(instances(key), instances(value), max_size=3)
+        case msgspec.inspect.VarTupleType(item_type=item):
+            return st.lists(instances(item), max_size=3).map(tuple)
+        case msgspec.inspect.TupleType(item_types=items):
+            return st.tuples(*(instances(one) for one in items))
         case msgspec.inspect.StructType(cls=cls, fields=fields):
             return st.builds(cls, **{f.name: instances(f.type) for f in fields})
     raise AssertionError(f"no instances of {info}")
@@ -334,7 +340,7 @@ def test_no_handle_and_no_token_in_any_repr(message: msgspec.Struct) -> None:
 
 def test_every_type_with_raw_bytes_is_looked_at_above() -> None:
     # Bytes that are no secret: what a probe reads and writes.
-    harmless = {m.Probe, m.Probed, m.ProbeTask, m.FinishTask, k.WriteRegion, k.RegionBytes}
+    harmless = {m.Probe, m.Probed, m.ProbeTask, k.WriteRegion, k.RegionBytes}
     looked_at = {type(message) for message in carriers()}
     for kind in UNIONS:
         for cls in walk_structs(msgspec.inspect.type_info(kind), 0)[0]:
@@ -358,6 +364,10 @@ def walk_structs(info: Any, depth: int) -> tuple[set[type], int]:
             below = [walk_structs(one, depth) for one in types]
         case msgspec.inspect.ListType(item_type=item):
             below = [walk_structs(item, depth + 1)]
+        case msgspec.inspect.DictType(key_type=key, value_type=value):
+            below = [walk_structs(one, depth + 1) for one in (key, value)]
+        case msgspec.inspect.TupleType(item_types=items):
+            below = [walk_structs(one, depth + 1) for one in items]
         case msgspec.inspect.StructType(cls=cls, fields=fields):
             below = [({cls}, depth + 1), *(walk_structs(f.type, depth + 1) for f in fields)]
         case _:

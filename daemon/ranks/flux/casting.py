@@ -1,9 +1,4 @@
-"""Layers whose weights stay in the dtype of the file and are cast where they are used.
-
-The shared bytes are read as they are; at most one layer's weights exist in the compute dtype at a
-time. The numbers are those of ComfyUI's cast-at-use: parameters take the input's dtype, and an fp8
-weight is multiplied, in that dtype, with its scale.
-"""
+"""FLUX.1's layers with weights that are cast where they are used."""
 
 from __future__ import annotations
 
@@ -13,36 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .weights import SCALE
+from ..casting import CastLinear, use_casting_twins
 
-
-class CastLinear(nn.Linear):
-    """A linear layer for inputs of any floating dtype: weight [out, in], bias [out] of any other.
-
-    With a ``weight_scale`` (0-dimensional) it computes ``x @ (weight.to(x) * scale.to(x)).T +
-    bias.to(x)``.
-    """
-
-    bias: nn.Parameter | None  # type: ignore[assignment]  # torch's own annotation is too narrow
-    weight_scale: torch.Tensor | None
-
-    def __init__(self, linear: nn.Linear, *, scaled: bool) -> None:
-        """In the place of ``linear``, whose parameters it takes over."""
-        # On meta: not even for a moment are there two weights.
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight = linear.weight
-        self.register_parameter("bias", linear.bias)
-        self.register_buffer(SCALE, torch.empty((), device="meta") if scaled else None)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., out], in the input's dtype."""
-        scale = self.weight_scale
-        # With a scale always a copy: what is multiplied in place must not be the shared bytes.
-        weight = self.weight.to(input.dtype, copy=scale is not None)
-        if scale is not None:
-            weight.mul_(scale.to(input.dtype))
-        bias = self.bias
-        return functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
+__all__ = ["CastLinear", "CastRMSNorm", "use_casts"]
 
 
 class CastRMSNorm(nn.RMSNorm):
@@ -62,26 +30,5 @@ class CastRMSNorm(nn.RMSNorm):
 def use_casts(
     model: nn.Module, state: Mapping[str, torch.Tensor], compute_dtype: torch.dtype
 ) -> int:
-    """Put a casting layer wherever ``state`` holds something else than ``compute_dtype``.
-
-    To be called before the state is loaded. Returns the number of layers put in; those that need
-    no cast stay as they are. Raises TypeError for a layer of a kind that has no casting twin.
-    """
-    needing: dict[str, bool] = {}
-    for name, tensor in state.items():
-        module, _, parameter = name.rpartition(".")
-        if parameter == SCALE or tensor.dtype != compute_dtype:
-            needing[module] = needing.get(module, False) or parameter == SCALE
-    for name, scaled in needing.items():
-        parent, _, own = name.rpartition(".")
-        twin = _casting_twin(name, model.get_submodule(name), scaled)
-        setattr(model.get_submodule(parent), own, twin)
-    return len(needing)
-
-
-def _casting_twin(name: str, layer: nn.Module, scaled: bool) -> nn.Module:
-    if isinstance(layer, nn.Linear):
-        return CastLinear(layer, scaled=scaled)
-    if isinstance(layer, nn.RMSNorm) and not scaled:
-        return CastRMSNorm(layer)
-    raise TypeError(f"{name}, a {type(layer).__name__}, cannot cast its weights at use")
+    """:func:`~..casting.use_casting_twins` with the kinds of layers that FLUX.1 has."""
+    return use_casting_twins(model, state, compute_dtype, {nn.RMSNorm: CastRMSNorm})

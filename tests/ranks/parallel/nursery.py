@@ -13,7 +13,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "components")]
 
 # What importing xfuser brings in besides xfuser: a fork is then ready in a second.
 HEAVY = [
@@ -48,9 +49,10 @@ def run_rank(order: dict[str, Any], rank: int) -> None:
     """In the forked process: do the task, write what it returned or raised."""
     import rank_tasks
     import repair_tasks
+    import vae_tasks
 
     os.environ.update(order["settings"])
-    tasks = {**rank_tasks.TASKS, **repair_tasks.TASKS}
+    tasks = {**rank_tasks.TASKS, **repair_tasks.TASKS, **vae_tasks.TASKS}
     result: dict[str, Any]
     try:
         place = rank_tasks.Place(rank, order["world_size"], Path(order["directory"]))

@@ -1,0 +1,202 @@
+"""FLUX.1 forwards of the rank group: the resident model, its LoRA stacks, its parallel contexts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...protocol import messages as m
+from ..models.degrees import choose_degrees
+from ..models.flux_config import FluxConfig
+from ..models.flux_detection import detect_flux
+from ..models.memory import forward_bytes
+from .components import OpenComponent, OpenComponents
+from .dtypes import DTYPES
+from .flux.adapters import LoraStack, applied, from_file
+from .flux.latents import from_tokens, to_inputs
+from .flux.missing_guidance import allow_missing_guidance
+from .flux.model import build_flux
+from .parallel.config import ParallelConfig
+from .parallel.contexts import ParallelContext
+from .parallel.kv_store import KvStore
+from .parallel.pipefusion import PipeFusion
+from .parallel.process_group import RankGroup
+from .parallel.transformer import FluxInputs, ParallelFlux
+from .reservation import Reservation
+
+_MOST_STACKS = 8
+_MOST_RUNS = 16
+_RUN_BYTES = 8 << 30  # of keys and values that PipeFusion keeps
+
+
+@dataclass(frozen=True)
+class DenoiserOptions:
+    """What stays the same over all forwards of a job."""
+
+    session: str
+    region: str | None  # of the transformer
+    compute: m.ComputeDtype
+    degrees: m.Degrees | None = None
+    adapters: Sequence[tuple[str | None, float]] = ()  # region and strength of each LoRA
+    run: str = ""  # tells apart what a session denoises in turns
+    reference_method: m.RefLatentsMethod = "offset"
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a forward is conditioned by, besides the latent and the time; B rows each."""
+
+    context: Tensor  # (B, T, E)
+    y: Tensor | None  # (B, P)
+    guidance: Tensor | None = None  # (B,), unscaled
+    ref_latents: Sequence[Tensor] = field(default=())
+    name: str = ""  # what it is known by, e.g. the digests of its bytes
+
+
+class _Resident:
+    """A transformer in one compute dtype."""
+
+    def __init__(self, component: OpenComponent, compute: m.ComputeDtype) -> None:
+        self.config: FluxConfig = component.build(
+            "config", lambda: detect_flux(component.component.tensors, component.component.label)
+        )
+        tensors = component.without_prefix(self.config.prefix)
+        loaded = build_flux(self.config, tensors, DTYPES[compute])
+        allow_missing_guidance(loaded.model)
+        self.flux = ParallelFlux(loaded.model)
+        self.casts = bool(loaded.cast_layers)
+        self.pipefusion = PipeFusion(
+            self.flux, KvStore(max_entries=_MOST_RUNS, max_bytes=_RUN_BYTES)
+        )
+
+
+class Denoiser:
+    """All ranks of a group call :meth:`predict` with equal arguments, in the same order."""
+
+    def __init__(
+        self, group: RankGroup, components: OpenComponents, reservation: Reservation
+    ) -> None:
+        self._group = group
+        self._components = components
+        self._reservation = reservation
+        self._contexts: dict[ParallelConfig, ParallelContext] = {}
+        self._stacks: OrderedDict[tuple[object, ...], LoraStack] = OrderedDict()
+
+    def config(self, options: DenoiserOptions) -> FluxConfig:
+        """Of the job's transformer. Raises MissingComponent and UnsupportedModel."""
+        return self._resident(options).config
+
+    @torch.no_grad()
+    def predict(
+        self, options: DenoiserOptions, x: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """FLUX's prediction (B, C_out, H, W), in the compute dtype, on every rank.
+
+        ``x`` is (B, C, H, W) and ``timestep`` (B,), sigmas from 0 to 1; on the rank's device.
+        Raises ValueError for shapes or degrees that do not fit, OutOfMemory (on all ranks alike)
+        before anything is computed, RuntimeError if another rank stays away.
+        """
+        resident = self._resident(options)
+        stack = self._stack(options, resident.config)
+        inputs, placement = to_inputs(
+            resident.config,
+            x,
+            timestep,
+            conditioning.context,
+            conditioning.y,
+            conditioning.guidance,
+            conditioning.ref_latents,
+            options.reference_method,
+            compute_dtype=DTYPES[options.compute],
+        )
+        context = self._context(options, resident, inputs)
+        self._reserve(resident, inputs, context.config)
+        with applied(resident.flux.model, stack):
+            if context.config.pipefusion > 1:
+                tokens = resident.pipefusion.step(
+                    context,
+                    inputs,
+                    session=options.session,
+                    slot=options.run,
+                    condition=conditioning.name,
+                    adapters=str(options.adapters),
+                ).output
+            else:
+                tokens = resident.flux.forward(context, inputs)
+        return from_tokens(tokens, placement)
+
+    def forget_session(self, session: str) -> None:
+        """Drop what an ended session left."""
+        for resident in self._components.built(_Resident):
+            resident.pipefusion.forget(session)
+
+    def forget_regions(self) -> None:
+        """Regions are about to be closed: hold nothing of them."""
+        self._stacks.clear()
+
+    def _resident(self, options: DenoiserOptions) -> _Resident:
+        component = self._components.find(options.region, "transformer")
+        return component.build(
+            ("flux", options.compute), lambda: _Resident(component, options.compute)
+        )
+
+    def _context(
+        self, options: DenoiserOptions, resident: _Resident, inputs: FluxInputs
+    ) -> ParallelContext:
+        if options.degrees is None:
+            config = choose_degrees(
+                heads=resident.flux.heads,
+                blocks=resident.flux.blocks,
+                ranks=self._group.world_size,
+                rows=inputs.hidden_states.shape[0],
+                backend="nccl" if self._group.backend == "nccl" else "gloo",
+                device_type="cuda" if self._group.device.type == "cuda" else "cpu",
+            )
+        else:
+            given = options.degrees
+            config = ParallelConfig(given.ulysses, given.ring, given.cfg, given.pipefusion)
+            config.check_model(resident.flux.heads, resident.flux.blocks)
+        if config not in self._contexts:
+            self._contexts[config] = ParallelContext.build(config, self._group)
+        return self._contexts[config]
+
+    def _stack(self, options: DenoiserOptions, config: FluxConfig) -> LoraStack | None:
+        if not options.adapters:
+            return None
+        key = (options.region, options.compute, *options.adapters)
+        if key not in self._stacks:
+            loras = []
+            for region, strength in options.adapters:
+                tensors = self._components.find(region, "lora").tensors
+                if not _is_neutral(tensors):
+                    tensors = from_file(tensors).tensors
+                loras.append((tensors, strength))
+            compute = DTYPES[options.compute]
+            self._stacks[key] = LoraStack.build(config, loras, compute, self._group.device)
+            if len(self._stacks) > _MOST_STACKS:
+                self._stacks.popitem(last=False)
+        self._stacks.move_to_end(key)
+        return self._stacks[key]
+
+    def _reserve(self, resident: _Resident, inputs: FluxInputs, degrees: ParallelConfig) -> None:
+        rows, image, _ = inputs.hidden_states.shape
+        text = inputs.encoder_hidden_states.shape[1]
+        nbytes = forward_bytes(
+            resident.config,
+            tokens_image=image,
+            tokens_text=text,
+            rows=rows,
+            degrees=degrees,
+            compute_item_bytes=inputs.hidden_states.element_size(),
+            cast_at_use=resident.casts,
+        )
+        self._reservation.check(nbytes, f"a forward of {rows} x {image + text} tokens")
+
+
+def _is_neutral(names: Iterable[str]) -> bool:
+    """Whether a LoRA has the layout that :class:`.flux.adapters.LoraStack` reads."""
+    return all(name.endswith((".down", ".up", ".alpha")) for name in names)

@@ -1,0 +1,1 @@
+"""What a rank computes for each kind of job, one turn after another."""

@@ -1,0 +1,218 @@
+"""What a rank does with its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...protocol import limits
+from ...protocol import messages as m
+from ...protocol.errors import (
+    BadJob,
+    Internal,
+    MissingComponent,
+    OutOfMemory,
+    RankFault,
+    SidecarError,
+    TooLarge,
+)
+from ...protocol.regions.cuda_driver import CudaDriver, CudaError
+from ...protocol.tensors import pack_tensor, unpack_tensor
+from .autoencoder import Autoencoder
+from .components import OpenComponents
+from .denoiser import Denoiser
+from .parallel import process_group
+from .parallel.config import ConfigError
+from .parallel.process_group import RankGroup
+from .parallel.xfuser_repairs import load_xfuser
+from .probe import perform_probe
+from .reservation import Reservation
+from .runs.base import Engines, Progress, Run
+from .runs.begin import begin_run
+from .text_encoding import TextEncoding
+
+Frames = Sequence[bytes]
+Performed = tuple[m.Outcome, list[memoryview]]
+TakeDescriptor = Callable[[int], int]
+
+
+class Worker:
+    """One rank of a group that has met."""
+
+    def __init__(self, group: RankGroup, *, reserve: int) -> None:
+        self._group = group
+        self._components = OpenComponents(group.device)
+        self._reservation = Reservation(group, reserve)
+        self._engines = Engines(
+            group,
+            self._components,
+            Denoiser(group, self._components, self._reservation),
+            Autoencoder(group, self._components, self._reservation),
+            TextEncoding(self._components),
+        )
+        self._kept: dict[tuple[str, bytes], Tensor] = {}
+        self._runs: dict[int, Run] = {}
+
+    @classmethod
+    def meet(
+        cls,
+        *,
+        rank: int,
+        world_size: int,
+        device: str,
+        backend: str,
+        meeting_file: Path,
+        deadline: float,
+        reserve: int,
+    ) -> Worker:
+        """Load the engine and meet the other ranks. ``device`` is "cpu" or a GPU's UUID."""
+        place = _torch_device(device)
+        load_xfuser(place)
+        group = process_group.join(
+            rank=rank,
+            world_size=world_size,
+            device=place,
+            backend=backend,
+            meeting_file=meeting_file,
+            deadline=deadline,
+        )
+        return cls(group, reserve=reserve)
+
+    def perform(self, task: m.Task, frames: Frames, take: TakeDescriptor) -> Performed:
+        """Do a task; its outcome and the outcome's raw frames. Never raises.
+
+        What is answered with RankFault may have left this rank out of step with the others.
+        """
+        try:
+            return self._perform(task, frames, take)
+        except SidecarError as error:
+            return m.failed_answer(error), []
+        except (ConfigError, ValueError, TypeError) as error:
+            return m.failed_answer(BadJob(str(error))), []
+        except torch.OutOfMemoryError as error:
+            return m.failed_answer(self._out_of_memory(error)), []
+        except Exception as error:  # noqa: BLE001  the broker decides what becomes of the ranks
+            text = f"rank {self._group.rank}: {type(error).__name__}: {error}"
+            return m.failed_answer(RankFault(text)), []
+
+    def _perform(self, task: m.Task, frames: Frames, take: TakeDescriptor) -> Performed:
+        match task:
+            case m.ProbeTask():
+                return m.Probed(_probe(task, take)), []
+            case m.OpenTask(regions=regions):
+                for opened in regions:
+                    number = opened.grant.descriptor
+                    descriptor = None if number is None else take(number)
+                    self._components.open(opened.grant, opened.component, descriptor)
+            case m.CloseTask(regions=closed):
+                self._engines.denoiser.forget_regions()
+                self._components.close(closed)
+            case m.DropTask(jobs=jobs, sessions=sessions):
+                for job in jobs:
+                    self._runs.pop(job, None)
+                for session in sessions:
+                    self._forget_session(session)
+            case m.TrimTask():
+                self._reservation.trim()
+            case m.TurnTask():
+                return self._take_turn(task, frames)
+        return m.Done(), []
+
+    def _take_turn(self, task: m.TurnTask, frames: Frames) -> Performed:
+        if task.body is None:
+            run = self._runs.pop(task.job, None)
+            if run is None:
+                raise Internal(f"job {task.job} is not known to rank {self._group.rank}")
+        else:
+            try:
+                tensors = self._receive(task.session, task.body.tensors, frames)
+            finally:  # afterwards, because it may be something that this job itself brought
+                for key in task.forget:
+                    self._kept.pop(key, None)
+            run = begin_run(task, task.body, tensors, self._engines)
+        try:
+            result = run.advance()
+        except (OutOfMemory, torch.OutOfMemoryError):
+            if task.body is None:
+                self._runs[task.job] = run  # as it was: it may be tried again with more room
+            raise
+        if isinstance(result, Progress):
+            self._runs[task.job] = run
+            parts, data = self._send(result.tensors)
+            return m.Step(step=result.step, steps=result.steps, tensors=parts), data
+        parts, data = self._send(result)
+        return m.Output(parts), data
+
+    def _receive(
+        self, session: str, parts: Sequence[m.TensorPart], frames: Frames
+    ) -> dict[str, Tensor]:
+        """A job's tensors, on the device."""
+        tensors = {}
+        arriving = iter(frames)
+        for part in parts:
+            key = (session, part.digest or b"")
+            if part.inline:
+                tensor = unpack_tensor(part, next(arriving)).to(self._group.device)
+                if part.digest is not None:
+                    self._kept[key] = tensor
+            elif (kept := self._kept.get(key)) is not None:
+                tensor = kept
+            else:
+                raise Internal(f"rank {self._group.rank} has lost the tensor {part.name!r}")
+            tensors[part.name] = tensor
+        return tensors
+
+    def _send(self, tensors: Mapping[str, Tensor]) -> tuple[list[m.TensorPart], list[memoryview]]:
+        for name, tensor in tensors.items():
+            if tensor.nbytes > limits.BULK_FRAME:  # looked at by all ranks: all must end alike
+                raise TooLarge(
+                    f"the {name} of this job has {tensor.nbytes} bytes, the most that can be "
+                    f"sent at once is {limits.BULK_FRAME}: use a smaller batch or picture"
+                )
+        if self._group.rank != 0:
+            return [], []
+        packed = [pack_tensor(name, tensor) for name, tensor in tensors.items()]
+        return [part for part, _ in packed], [data for _, data in packed]
+
+    def _forget_session(self, session: str) -> None:
+        self._engines.denoiser.forget_session(session)
+        for key in [key for key in self._kept if key[0] == session]:
+            del self._kept[key]
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> SidecarError:
+        text = (str(error).splitlines() or [""])[0]
+        if self._group.world_size > 1:
+            # The others may be waiting for this one in a collective.
+            return RankFault(f"rank {self._group.rank} ran out of device memory: {text}")
+        return OutOfMemory(f"the rank ran out of device memory: {text}")
+
+
+def _probe(task: m.ProbeTask, take: TakeDescriptor) -> bytes:
+    number = task.grant.descriptor
+    try:
+        return perform_probe(task, None if number is None else take(number))
+    except (CudaError, RuntimeError) as error:
+        raise MissingComponent(str(error)) from None
+
+
+def _torch_device(name: str) -> torch.device:
+    """The device of a region's name, as this process's torch calls it."""
+    if name == "cpu":
+        return torch.device("cpu")
+    driver = CudaDriver.load()
+    ordinal = driver.ordinal_of(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", ordinal)
+    with driver.context(ordinal):
+        probe = driver.mem_alloc(1)
+        on_host = driver.is_host_memory(probe)
+        driver.mem_free(probe)
+    if not on_host:
+        raise RuntimeError(
+            f"the daemon's torch {torch.__version__} cannot use {name}: install a build of torch "
+            "for this machine's driver into the daemon's environment"
+        )
+    return torch.device("cpu")

@@ -1,0 +1,133 @@
+"""Work for the daemon's ranks: forwards, pictures, decoding and encoding."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from .. import messages as m
+from ..errors import BadMessage, RanksUnavailable
+from ..tensors import Buffer, describe_tensor, pack_tensor, unpack_tensor
+from .client import Client
+from .deadline import Deadline, ShouldCancel
+from .exchange import raise_refusal
+from .kept import SentTensors
+
+if TYPE_CHECKING:
+    import torch
+
+OnStep = Callable[[int, int, "torch.Tensor | None"], None]
+Tensors = Mapping[str, "torch.Tensor"]
+
+#: Tensors that come again and again, named by their digest after the first time.
+CONDITIONING = frozenset(
+    ("context", "y", "negative_context", "negative_y", *(f"ref_latents.{n}" for n in range(10)))
+)
+_TRIES = 3  # a digest may be forgotten between two tries when many clients work at once
+
+
+class RemoteRanks:
+    """The ranks of a client's daemon. Blocking and thread-safe, like the client."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._sent = SentTensors()
+        self._lock = threading.Lock()  # of what was sent
+
+    def run(
+        self,
+        job: m.Job,
+        tensors: Tensors,
+        *,
+        timeout: float = 120.0,
+        should_cancel: ShouldCancel | None = None,
+        on_step: OnStep | None = None,
+        keep: Collection[str] = CONDITIONING,
+    ) -> dict[str, torch.Tensor]:
+        """Do a job; its outputs by name, in host memory.
+
+        ``job.tensors`` is made from ``tensors`` (any device). ``timeout`` (seconds) counts from the
+        last sign of life: a picture may take longer as long as its steps come. ``on_step`` is
+        called with steps done, steps in all and perhaps a preview (h, w, 3), U8. Giving up frees
+        the caller at once; the ranks stop at the next step.
+
+        Raises SidecarError: RankLost (retryable) when the ranks died over it, MissingComponent,
+        OutOfMemory, BadJob, RanksUnavailable, Cancelled, DeadlineExceeded…
+        """
+        for _ in range(_TRIES):
+            answer, outputs = self._try(job, tensors, timeout, should_cancel, on_step, keep)
+            if not isinstance(answer, m.Need):
+                return outputs
+            with self._lock:
+                self._sent.lost(answer.digests)
+        raise BadMessage("the daemon forgot tensors as soon as they were sent: send less at once")
+
+    def wait_until_ready(self, *, timeout: float = 180.0) -> None:
+        """Return when the ranks can work. Raises RanksUnavailable or DeadlineExceeded."""
+        deadline = Deadline(timeout)
+        while (group := self._client.status().group) is not None and group.state != "ready":
+            if group.state == "degraded":
+                raise RanksUnavailable(f"the ranks were given up: {group.error}")
+            time.sleep(min(0.05, deadline.next_wait("waiting for the ranks")))
+        if group is None:
+            raise RanksUnavailable("this daemon has no ranks: start it with --ranks N")
+
+    def _try(
+        self,
+        job: m.Job,
+        tensors: Tensors,
+        timeout: float,
+        should_cancel: ShouldCancel | None,
+        on_step: OnStep | None,
+        keep: Collection[str],
+    ) -> tuple[m.AnswerBody, dict[str, torch.Tensor]]:
+        deadline = Deadline(timeout, should_cancel)
+        session = self._client.session(deadline)
+        parts: list[m.TensorPart] = []
+        frames: list[Buffer] = []
+        with self._lock:
+            self._sent.enter(session)
+            for name, tensor in tensors.items():
+                digest = self._sent.name(tensor) if name in keep else None
+                part, frame = self._pack(name, tensor, digest)
+                parts.append(part)
+                frames += [frame] if part.inline else []
+        body = msgspec.structs.replace(job, tensors=parts)
+        with self._client.exchanges.open(session, body, deadline, frames) as request:
+            answer, back = request.receive()
+            while isinstance(answer, m.Step):
+                deadline.restart()
+                if on_step is not None:
+                    preview = _unpack(answer.tensors, back).get("preview")
+                    on_step(answer.step, answer.steps, preview)
+                answer, back = request.receive()
+        raise_refusal(session, answer)
+        if isinstance(answer, m.Output):
+            with self._lock:
+                self._sent.enter(session)
+                for part in parts:
+                    if part.digest is not None:
+                        self._sent.sent(part.digest)
+            return answer, _unpack(answer.tensors, back)
+        if not isinstance(answer, m.Need):
+            raise BadMessage(f"the daemon answered with a {type(answer).__name__}")
+        return answer, {}
+
+    def _pack(
+        self, name: str, tensor: torch.Tensor, digest: bytes | None
+    ) -> tuple[m.TensorPart, Buffer]:
+        if digest is None or not self._sent.was_sent(digest):
+            return pack_tensor(name, tensor, digest)
+        return describe_tensor(name, tensor, digest, inline=False), b""
+
+
+def _unpack(parts: list[m.TensorPart], frames: list[bytes]) -> dict[str, torch.Tensor]:
+    if len(parts) != len(frames):
+        raise BadMessage(f"the daemon sent {len(frames)} frames for {len(parts)} tensors")
+    return {
+        part.name: unpack_tensor(part, frame) for part, frame in zip(parts, frames, strict=True)
+    }

@@ -1,0 +1,164 @@
+"""Work for the ranks: what a client asks over the bulk socket, and what it is answered.
+
+The tensors of a job travel as raw frames behind the message. A tensor that comes again and again
+(a prompt's conditioning) is sent once with the digest of its bytes and afterwards named by it; a
+digest that the ranks do not have, or no longer, is answered with :class:`Need`, never guessed.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from .. import limits
+from ..manifest import DTYPE_BYTES
+from .fields import Count, Fingerprint, Message, Name, Role
+
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+ComputeDtype = Literal["F32", "F16", "BF16"]
+RefLatentsMethod = Literal["offset", "index", "uxo"]
+_Degree = Annotated[int, Meta(ge=1, le=limits.RANKS)]
+_Extent = Annotated[int, Meta(ge=0, le=2**31)]
+_Finite = Annotated[float, Meta(ge=-1e6, le=1e6)]
+_Pixels = Annotated[int, Meta(ge=16, le=16384)]
+
+
+class TensorPart(msgspec.Struct, frozen=True, kw_only=True):
+    """One tensor of a job or an answer, contiguous and little-endian.
+
+    ``inline``: its bytes are the next raw frame. With a ``digest`` they are kept for the session
+    and need not be sent again.
+    """
+
+    name: Name
+    dtype: Literal["F32", "F16", "BF16", "I64", "U8"]
+    shape: Annotated[list[_Extent], Meta(max_length=limits.DIMENSIONS)]
+    digest: Digest | None = None
+    inline: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor, wherever they are."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+Parts = Annotated[list[TensorPart], Meta(max_length=limits.JOB_TENSORS)]
+#: What a job computes with: the role that a component plays in it → the component.
+Components = Annotated[dict[Role, Fingerprint], Meta(max_length=limits.JOB_COMPONENTS)]
+
+
+class Degrees(msgspec.Struct, frozen=True, kw_only=True):
+    """Degrees of parallelism; their product is the number of ranks."""
+
+    ulysses: _Degree = 1
+    ring: _Degree = 1
+    cfg: _Degree = 1
+    pipefusion: _Degree = 1
+
+
+class Adapter(msgspec.Struct, frozen=True):
+    """A LoRA of the stack: a component of low-rank pairs, and how strongly it works."""
+
+    fingerprint: Fingerprint
+    strength: _Finite = 1.0
+
+
+Adapters = Annotated[list[Adapter], Meta(max_length=limits.JOB_ADAPTERS)]
+
+
+class Forward(Message, frozen=True, tag="forward", kw_only=True):
+    """ComfyUI's ``diffusion_model`` call. Answered by :class:`Output` with "output".
+
+    Component "transformer". Tensors: "x" (B, C, H, W), "timestep" (B,), "context" (B, T, E), "y"
+    (B, P), perhaps "guidance" (B,) and "ref_latents.0"…; sigmas as timestep, guidance unscaled.
+    ``run`` tells apart what one session denoises in turns (PipeFusion keeps state for each).
+    """
+
+    components: Components
+    tensors: Parts
+    compute: ComputeDtype = "BF16"
+    degrees: Degrees | None = None  # None: chosen for the model, the batch and the devices
+    adapters: Adapters = msgspec.field(default_factory=list)
+    ref_latents_method: RefLatentsMethod = "offset"
+    run: Name = ""
+
+
+class Generate(Message, frozen=True, tag="generate", kw_only=True):
+    """A whole picture. Answered by :class:`Step` after each step and :class:`Output` at the end.
+
+    Components "transformer", "vae" for an image or a preview, "clip_l" and "t5" for token ids.
+    Tensors: "context" and "y", or "clip_l_ids" (B, 77·n) and "t5_ids" (B, T), for cfg other than 1
+    the same with "negative_" before; perhaps "latent", "noise", "mask", "sigmas". Outputs:
+    "latent", and "image" (B, H, W, 3) in fp32 from 0 to 1 if ``decode``.
+    """
+
+    components: Components
+    tensors: Parts
+    compute: ComputeDtype = "BF16"
+    degrees: Degrees | None = None
+    adapters: Adapters = msgspec.field(default_factory=list)
+    width: _Pixels = 1024  # of the picture, in pixels; a given latent has its own size
+    height: _Pixels = 1024
+    batch: Annotated[int, Meta(ge=1, le=64)] = 1
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    steps: Annotated[int, Meta(ge=1, le=10_000)] = 20
+    guidance: _Finite = 3.5  # of distilled models
+    cfg: _Finite = 1.0  # 1: no negative prompt
+    denoise: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    sampler: Name = "euler"
+    scheduler: Name = "simple"
+    decode: bool = True
+    preview: bool = False
+
+
+class Decode(Message, frozen=True, tag="decode", kw_only=True):
+    """Latent "latent" (B, C, h, w) to :class:`Output` "image" (B, H, W, 3), fp32, 0 to 1."""
+
+    components: Components
+    tensors: Parts
+    compute: ComputeDtype = "BF16"
+    tiles: bool = False  # also where it would fit whole
+
+
+class Encode(Message, frozen=True, tag="encode", kw_only=True):
+    """Pictures "image" (B, H, W, 3), fp32, 0 to 1, to :class:`Output` "latent" (B, C, h, w)."""
+
+    components: Components
+    tensors: Parts
+    compute: ComputeDtype = "BF16"
+
+
+class EncodeText(Message, frozen=True, tag="encode-text", kw_only=True):
+    """Token ids "clip_l_ids" (B, 77·n) and "t5_ids" (B, T) to Output "context" and "y", fp32."""
+
+    components: Components
+    tensors: Parts
+
+
+Job = Forward | Generate | Decode | Encode | EncodeText
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+class Output(Message, frozen=True, tag="output"):
+    """The job is done; the tensors' frames follow."""
+
+    tensors: Parts = msgspec.field(default_factory=list)
+
+
+class Step(Message, frozen=True, tag="step", kw_only=True):
+    """The job goes on: ``step`` of ``steps`` are done. A small preview's frame may follow."""
+
+    step: Count
+    steps: Count
+    tensors: Parts = msgspec.field(default_factory=list)  # "preview" (h, w, 3), U8
+
+
+class Need(Message, frozen=True, tag="need"):
+    """The ranks do not have the tensors of these digests (any more): send them, then try again."""
+
+    digests: Annotated[list[Digest], Meta(max_length=limits.JOB_TENSORS)]

@@ -1,0 +1,98 @@
+"""The status report."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from .. import limits
+from .fields import Bytes, Count, Device, Fingerprint, Message, Name, RegionKind, Role, Text
+from .stream import Hello
+
+
+class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One device and the keeper of its regions. Sizes in bytes."""
+
+    device: Device
+    name: Name
+    kind: RegionKind
+    state: Literal["starting", "ready", "failed"]
+    error: Text | None = None
+    keeper_pid: Count | None = None
+    keeper_starts: Count = 0
+    total: Bytes = 0
+    free: Bytes = 0
+    budget: Bytes = 0
+    regions: Bytes = 0
+    orphaned: Bytes = 0
+    context: Bytes = 0  # device memory that the keeper's CUDA context costs
+
+
+class ComponentStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One copy of a component on one device."""
+
+    role: Role
+    label: Name
+    fingerprint: Fingerprint
+    device: Device
+    nbytes: Bytes
+    state: Literal["allocating", "filling", "sealing", "resident", "orphaned", "freeing"]
+    uid: Count
+    sessions: Annotated[list[Name], Meta(max_length=limits.LEASES_PER_SESSION)]
+    idle_seconds: float | None = None
+    filled: Bytes = 0  # as its filler says, while it is filled; then all
+
+
+class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One client: what the kernel says of it, what it says itself, and what that means."""
+
+    session: Name
+    uid: Count
+    pid: Count
+    hello: Hello
+    leases: Count
+    age_seconds: float
+    meaning: Annotated[list[Text], Meta(max_length=8)] = []
+
+
+class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank process."""
+
+    rank: Count
+    device: Device
+    pid: Count | None
+    state: Literal["starting", "ready", "failed"]
+    error: Text | None = None
+    starts: Count = 0
+
+
+class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The ranks as a group, and what they have to do."""
+
+    state: Literal["starting", "ready", "degraded"]
+    error: Text | None = None
+    backend: Literal["gloo", "nccl"]
+    deadline_seconds: float
+    jobs: Count  # waiting or running
+    kept_tensors: Count  # named by digest
+    kept_bytes: Bytes  # of them, on each rank
+
+
+class Status(Message, frozen=True, tag="status-report", kw_only=True):
+    """What is resident, where, how big, and who holds it."""
+
+    daemon: Name
+    protocol: Name
+    boot_id: Name
+    pid: Count
+    uid: Count
+    uptime_seconds: float
+    devices: Annotated[list[DeviceStatus], Meta(max_length=64)]
+    components: Annotated[list[ComponentStatus], Meta(max_length=limits.COMPONENTS)]
+    sessions: Annotated[list[SessionStatus], Meta(max_length=limits.SESSIONS)]
+    ranks: Annotated[list[RankStatus], Meta(max_length=limits.RANKS)] = msgspec.field(
+        default_factory=list
+    )
+    group: GroupStatus | None = None

@@ -1,0 +1,101 @@
+"""What the broker gives the ranks to do, over the bulk socket. Only ranks that it started get any.
+
+A rank asks for its next task with the outcome of the last one. Tasks that every rank of the group
+gets are given in the same order to all, so that they meet in the same collectives.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from .. import limits
+from .components import Component, RegionGrant
+from .control import Done, Failed, Probed
+from .fields import Bytes, Count, Fingerprint, Message, Name, RegionId
+from .jobs import Digest, Job, Output, Step
+
+_Regions = Annotated[list[RegionId], Meta(max_length=limits.COMPONENTS)]
+
+Outcome = Done | Probed | Output | Step | Failed
+
+
+class NextTask(Message, frozen=True, tag="next-task", kw_only=True):
+    """A rank waits for work; frames of the outcome follow. Answered by a task when there is one."""
+
+    task: Count = 0  # that the outcome belongs to; 0: none yet
+    outcome: Outcome | None = None
+
+
+class ProbeTask(Message, frozen=True, tag="probe-task", kw_only=True):
+    """Open the region, read or write these bytes. Outcome :class:`Probed`."""
+
+    task: Count
+    grant: RegionGrant
+    offset: Bytes
+    length: Annotated[int, Meta(ge=1, le=limits.PROBE)]
+    write: Annotated[bytes, Meta(max_length=limits.PROBE)] | None = None
+
+
+class OpenedRegion(msgspec.Struct, frozen=True, kw_only=True):
+    """A component and the region that it lies in."""
+
+    grant: RegionGrant
+    component: Component
+
+
+class OpenTask(Message, frozen=True, tag="open-task", kw_only=True):
+    """Map the regions of components and keep them mapped."""
+
+    task: Count
+    regions: Annotated[
+        list[OpenedRegion], Meta(max_length=limits.JOB_COMPONENTS + limits.JOB_ADAPTERS)
+    ]
+
+
+class CloseTask(Message, frozen=True, tag="close-task", kw_only=True):
+    """Forget everything that views these regions, and unmap them."""
+
+    task: Count
+    regions: _Regions
+
+
+class TurnTask(Message, frozen=True, tag="turn-task", kw_only=True):
+    """One turn of a job: the first, with everything it needs, or the next one of a job begun.
+
+    Outcome :class:`Output` when the job is done (frames from rank 0 only), :class:`Step` when it
+    needs another turn. Raw frames of inline tensors follow.
+    """
+
+    task: Count
+    job: Count
+    session: Name  # whose digests and runs these are
+    body: Job | None = None  # None: go on
+    regions: Annotated[
+        dict[Fingerprint, RegionId],
+        Meta(max_length=limits.JOB_COMPONENTS + limits.JOB_ADAPTERS),
+    ] = msgspec.field(default_factory=dict)
+    forget: Annotated[list[tuple[Name, Digest]], Meta(max_length=limits.KEPT_TENSORS)] = (
+        msgspec.field(default_factory=list)
+    )
+
+
+class DropTask(Message, frozen=True, tag="drop-task", kw_only=True):
+    """Forget unfinished jobs, and everything that is kept for ended sessions."""
+
+    task: Count
+    jobs: Annotated[list[Count], Meta(max_length=limits.JOBS)] = msgspec.field(default_factory=list)
+    sessions: Annotated[list[Name], Meta(max_length=limits.SESSIONS)] = msgspec.field(
+        default_factory=list
+    )
+
+
+class TrimTask(Message, frozen=True, tag="trim-task", kw_only=True):
+    """Return cached device memory to the system."""
+
+    task: Count
+
+
+Task = ProbeTask | OpenTask | CloseTask | TurnTask | DropTask | TrimTask
