@@ -12,11 +12,13 @@ from .client.attachment import Attachment
 from .client.client import Client
 from .client.deadline import ShouldCancel
 from .client.fill import RegionWriter
+from .client.progress import OnProgress
 from .errors import BadFile
 from .fingerprint import fingerprint_file
 from .manifest import TensorSpec, lay_out
 from .messages import Component
 from .regions.base import read_exactly
+from .regions.file_parts import FilePart
 from .regions.views import torch_dtype
 from .safetensors_file import FileTensor, SafetensorsFile
 
@@ -80,19 +82,26 @@ class ComponentFile:
         Raises BadFile if the file cannot be read or is written meanwhile: such a fill must not be
         committed.
         """
+        pairs = list(zip(self._sources, self.component.tensors, strict=True))
+        as_stored = [
+            FilePart(source.position, target.offset, target.nbytes)
+            for source, target in pairs
+            if source.spec.dtype == target.dtype
+        ]
         try:
-            for source, target in zip(self._sources, self.component.tensors, strict=True):
-                if source.spec.dtype == target.dtype:
-                    writer.read_file(
-                        self.file.descriptor, source.position, target.offset, target.nbytes
-                    )
-                else:
+            writer.read_file_parts(self.file.descriptor, as_stored, self._count)
+            for source, target in pairs:
+                if source.spec.dtype != target.dtype:
                     self._convert(writer, source, target)
-                self.bytes_read += source.spec.nbytes
+                    self._count(source.spec.nbytes)
+                    writer.progressed(target.nbytes)
         except (EOFError, OSError) as error:
             self.file.check_unchanged()
             raise BadFile(f"reading {self.file.label!r} failed: {error}; try again") from None
         self.file.check_unchanged()
+
+    def _count(self, nbytes: int) -> None:
+        self.bytes_read += nbytes
 
     def _convert(self, writer: RegionWriter, source: FileTensor, target: TensorSpec) -> None:
         import torch
@@ -113,11 +122,13 @@ def hand_over_file(
     *,
     timeout: float = 120.0,
     should_cancel: ShouldCancel | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Attachment:
     """Attach the component if it is resident; else make it so. Errors of Client.hand_over.
 
     Where somebody has it already only the file's header was read. ``device`` is "cpu" or a GPU's
-    UUID, ``timeout`` in seconds.
+    UUID. ``timeout`` (seconds) counts from the last bytes that came, so that a slow disk has its
+    time. ``on_progress`` is told bytes done and in all, also while another client fills.
     """
     began = time.monotonic()
     found = client.attach(
@@ -131,6 +142,7 @@ def hand_over_file(
         file.fill,
         timeout=max(0.1, timeout - (time.monotonic() - began)),
         should_cancel=should_cancel,
+        on_progress=on_progress,
     )
 
 

@@ -63,7 +63,7 @@ class Model:
                 for region in self.regions.values():
                     if region.device == device:
                         region.state, region.filler = "dead", None
-            case e.Ticked():
+            case e.Ticked() | e.RoomWanted():
                 pass
             case _:
                 assert event.asker not in self.open
@@ -107,6 +107,10 @@ class Model:
                 assert known.state in ("allocated", "sealed"), f"freed while {known.state}"
                 self.freed.add(region)
                 known.state, known.filler = "freeing", None
+            case e.Unmap(region):
+                known = self.regions[region]
+                assert known.state == "dead"
+                assert not known.leases, "unmapped what is leased"
             case e.GrantFill(asker, device, region, nbytes):
                 asked = self._answers(asker)
                 known = self.regions[region]

@@ -114,13 +114,25 @@ def flux_stage(output: Path, environment: dict[str, str]) -> int:
     return run([sys.executable, str(HERE / "flux_forward.py"), str(output)], environment)
 
 
+def serving_stage(output: Path, environment: dict[str, str]) -> int:
+    """The ranks at full size: forwards, a picture, a killed rank, a full card, two ranks."""
+    return run([sys.executable, str(HERE / "serving.py"), str(output)], environment)
+
+
+def load_stage(output: Path, environment: dict[str, str]) -> int:
+    """A file of FLUX.1-dev's size from the page cache into a region, and attached afterwards."""
+    return run([sys.executable, str(HERE / "load_file.py"), str(output)], environment)
+
+
 STAGES = {
     "tests": test_stage,
     "sharing": sharing_stage,
+    "load": load_stage,
     "health": health_stage,
     "demo": demo_stage,
     "soak": soak_stage,
     "flux": flux_stage,
+    "serving": serving_stage,
 }
 
 

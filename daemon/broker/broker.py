@@ -248,14 +248,20 @@ class Broker:
                 self.answer(asker, m.Pong(self.boot_id))
             case m.GetStatus():
                 self.answer(asker, build_status(self))
-            case m.HandOver(device=device, component=component):
+            case m.HandOver(device=device, component=component, progress=progress):
                 self.handle(
                     e.HandOverAsked(
-                        asker, key(device, component.fingerprint), component, session.peer.uid
+                        asker,
+                        key(device, component.fingerprint),
+                        component,
+                        session.peer.uid,
+                        progress,
                     )
                 )
             case m.Attach(device=device, fingerprint=fingerprint):
                 self.handle(e.AttachAsked(asker, key(device, fingerprint)))
+            case m.FillProgress(region, nbytes):
+                self.handle(e.FillProgressed(asker, region, nbytes))
             case m.Commit(region):
                 self.handle(e.CommitAsked(asker, region))
             case m.Abandon(region):
@@ -294,7 +300,7 @@ class Broker:
             # Later: this may be in the middle of carrying out what the catalog wants.
             self._loop.call_soon(self.handle, e.RequestCancelled(asker))
 
-    def answer_step(self, asker: e.Asker, body: m.Step, frames: Frames) -> None:
+    def answer_step(self, asker: e.Asker, body: m.Step | m.Filling, frames: Frames = ()) -> None:
         """Tell an asker how far it is; the answer follows."""
         router, route = self._routes.get(asker, (None, b""))
         if router is not None:
@@ -337,6 +343,8 @@ class Broker:
                     nbytes,
                     lambda grant: m.Attached(lease=lease, grant=grant, component=component),
                 )
+            case e.TellProgress(asker, filled, nbytes):
+                self.answer_step(asker, m.Filling(filled=filled, nbytes=nbytes))
             case e.Confirm(asker):
                 self.answer(asker, m.Done())
             case e.Refuse(asker, error):

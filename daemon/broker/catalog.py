@@ -112,6 +112,8 @@ class Catalog:
                 yield from self._hand_over(now, event)
             case e.AttachAsked(asker, key):
                 yield from self._attach(now, asker, key)
+            case e.FillProgressed(asker, region, nbytes):
+                yield from self._progressed(asker, region, nbytes)
             case e.CommitAsked(asker, region):
                 yield from self._commit(asker, region)
             case e.AbandonAsked(asker, region):
@@ -176,6 +178,10 @@ class Catalog:
             yield self._lease(now, copy, asker)
         else:
             copy.waiters.append(asker)
+            if event.progress:
+                copy.listeners.add(asker)
+                if copy.filled:
+                    yield e.TellProgress(asker, copy.filled, copy.nbytes)
 
     def _begin(
         self,
@@ -247,6 +253,17 @@ class Catalog:
         for asker in copy.askers:
             yield e.Refuse(asker, error)
 
+    def _progressed(self, asker: e.Asker, region: str, nbytes: int) -> Iterator[e.Instruction]:
+        """The filler's word; anybody else's is confirmed and forgotten."""
+        yield e.Confirm(asker)
+        copy = self.copies.get(region)
+        if copy is None or copy.state != "filling" or copy.filler != asker.session:
+            return
+        before, copy.filled = copy.filled, max(copy.filled, min(nbytes, copy.nbytes))
+        # Few enough to wait, all of them, with the answer for a client that is stopped meanwhile.
+        if copy.filled * 100 // copy.nbytes > before * 100 // copy.nbytes:
+            yield from copy.progress()
+
     def _commit(self, asker: e.Asker, region: str) -> Iterator[e.Instruction]:
         copy = self.copies.get(region)
         if copy is None:
@@ -272,7 +289,8 @@ class Catalog:
             return
         askers = copy.askers
         copy.state, copy.filler, copy.last_used = "resident", None, now
-        copy.answer_to, copy.waiters = None, []
+        copy.answer_to, copy.waiters, copy.filled = None, [], copy.nbytes
+        copy.listeners.clear()
         yield copy.note("component-resident")
         for asker in askers:
             yield self._lease(now, copy, asker)
@@ -307,12 +325,17 @@ class Catalog:
         Never the same region: the old filler may be alive and still have it mapped writable. All
         are dropped before the first new one is admitted, which may need their room.
         """
-        waiting = [copy.waiters for copy in copies]
+        waiting = [(copy.waiters, copy.listeners) for copy in copies]
         for copy in copies:
-            copy.waiters = []
+            copy.waiters, copy.listeners = [], set()
             yield from self._drop(copy, "abandoned" if confirm else "filler-gone", confirm)
-        for copy, (first, *others) in ((c, w) for c, w in zip(copies, waiting, strict=True) if w):
+        for copy, (waiters, listeners) in zip(copies, waiting, strict=True):
+            if not waiters:
+                continue
+            first, *others = waiters
             yield from self._begin(now, copy.key, copy.component, copy.uid, first, others)
+            if (fresh := self._current.get(copy.key)) is not None:
+                fresh.listeners = listeners.intersection(others)
 
     # --- leases
 

@@ -25,6 +25,8 @@ class Copy:
     answer_to: e.Asker | None = None  # the open request that the keeper's next answer decides
     filled_for: e.Asker | None = None  # the hand-over that was answered with Fill
     waiters: list[e.Asker] = field(default_factory=list)
+    listeners: set[e.Asker] = field(default_factory=set)  # waiters who want to know how far it is
+    filled: int = 0  # as the filler says
     leases: dict[str, e.Asker] = field(default_factory=dict)  # whose request each answered
     last_used: float = 0.0
     retried: bool = False  # an allocation is tried again once, after evicting
@@ -33,6 +35,11 @@ class Copy:
     def holders(self) -> list[str]:
         """The sessions that lease it, sorted."""
         return sorted({asker.session for asker in self.leases.values()})
+
+    def progress(self) -> list[e.TellProgress]:
+        """How far it is, for every waiter who wants to know."""
+        listening = [waiter for waiter in self.waiters if waiter in self.listeners]
+        return [e.TellProgress(waiter, self.filled, self.nbytes) for waiter in listening]
 
     @property
     def askers(self) -> list[e.Asker]:

@@ -37,12 +37,20 @@ class HandOverAsked:
     key: Key
     component: Component
     uid: int
+    progress: bool = False  # wants TellProgress while it waits
 
 
 @dataclass(frozen=True, slots=True)
 class AttachAsked:
     asker: Asker
     key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class FillProgressed:
+    asker: Asker
+    region: str
+    nbytes: int  # filled by now
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +144,7 @@ class Ticked:
 Event = (
     HandOverAsked
     | AttachAsked
+    | FillProgressed
     | CommitAsked
     | AbandonAsked
     | ReleaseAsked
@@ -212,6 +221,15 @@ class GrantLease:
 
 
 @dataclass(frozen=True, slots=True)
+class TellProgress:
+    """Tell an asker, who waits, how far the filler is."""
+
+    asker: Asker
+    filled: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Confirm:
     """Tell the asker that it is so."""
 
@@ -250,6 +268,7 @@ Instruction = (
     | Unmap
     | GrantFill
     | GrantLease
+    | TellProgress
     | Confirm
     | Refuse
     | NotifyOrphaned

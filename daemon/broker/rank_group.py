@@ -175,6 +175,7 @@ class RankGroup:
                 *("--world-size", str(len(self.devices)), "--backend", self.backend),
                 *("--deadline", str(self.deadline), "--runtime-dir", str(self._runtime_dir)),
                 *("--meeting-file", str(self._meeting_file), "--reserve", str(self._reserve)),
+                *("--neighbours", str(self.devices.count(device))),
             ],
             deliver=self._deliver,
             on_ready=self._rank_ready,

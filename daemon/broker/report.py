@@ -104,6 +104,7 @@ def _component(now: float, copy: Copy) -> m.ComponentStatus:
         sessions=holders[: limits.SESSIONS],
         # Also while it is being filled: then since the hand-over began.
         idle_seconds=None if holders or copy.state == "freeing" else now - copy.last_used,
+        filled=copy.filled,
     )
 
 

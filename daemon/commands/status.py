@@ -96,12 +96,18 @@ def _components(status: m.Status) -> Table:
             component.label,
             component.device,
             human_bytes(component.nbytes),
-            component.state,
+            _state(component),
             sharers or "nobody",
             "" if idle is None else human_age(idle),
             f"{kind}:{digest[:_SHOWN_DIGEST]}",
         )
     return table
+
+
+def _state(component: m.ComponentStatus) -> str:
+    if component.state == "filling" and component.filled:
+        return f"filling {component.filled * 100 // component.nbytes} %"
+    return component.state
 
 
 def _sessions(sessions: list[m.SessionStatus]) -> Table:

@@ -194,7 +194,7 @@ class Denoiser:
             compute_item_bytes=inputs.hidden_states.element_size(),
             cast_at_use=resident.casts,
         )
-        self._reservation.check(nbytes, f"a forward of {rows} x {image + text} tokens")
+        self._reservation.check(nbytes, f"{rows} x {image + text} tokens of a forward")
 
 
 def _is_neutral(names: Iterable[str]) -> bool:

@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument("--meeting-file", type=Path, required=True)
     parser.add_argument("--deadline", type=float, required=True)
     parser.add_argument("--reserve", type=int, required=True)
+    parser.add_argument("--neighbours", type=int, required=True)
     parser.add_argument("--runtime-dir", required=True)
     parser.add_argument("--parent", type=int, required=True)
     arguments = parser.parse_args()
@@ -99,6 +100,7 @@ def main() -> int:
                 meeting_file=arguments.meeting_file,
                 deadline=arguments.deadline,
                 reserve=arguments.reserve,
+                neighbours=arguments.neighbours,
             )
         except Exception as error:
             client.refuse(error)

@@ -12,30 +12,32 @@ from .parallel.process_group import RankGroup
 class Reservation:
     """Refuses work that would not fit, before a rank is half-way in it and the others wait.
 
-    ``reserve``: bytes of the device that stay free for others.
+    ``reserve``: bytes of each device that stay free for others.
     """
 
-    def __init__(self, group: RankGroup, reserve: int) -> None:
+    def __init__(self, group: RankGroup, *, reserve: int, neighbours: int) -> None:
+        """``neighbours``: ranks that work on the same device, this one included."""
         self._group = group
         self._reserve = reserve
+        self._neighbours = neighbours
         self._fitted = 0  # bytes that fitted since memory was given back; they are cached
 
-    def check(self, nbytes: int, what: str) -> None:
+    def check(self, nbytes: int, what: str, *, alone: bool = False) -> None:
         """Raise OutOfMemory, on every rank or on none, if ``nbytes`` cannot be had.
 
-        All ranks call it with the same number. Costs nothing while the ranks still hold as much
-        from earlier work.
+        ``what`` they are needed for, ``alone``: by rank 0 only. All ranks call it with the same
+        numbers. Costs nothing while the ranks still hold as much from earlier work.
         """
         if nbytes <= self._fitted:
             return
-        free = self._free()
-        missing = nbytes + self._reserve - free
-        if self._most(missing) <= 0:
-            self._fitted = nbytes
+        needed = nbytes * (1 if alone else self._neighbours)
+        missing = self._most(needed + self._reserve - self._free())
+        if missing <= 0:
+            self._fitted = nbytes if not alone else self._fitted
             return
         raise OutOfMemory(
-            f"{what} needs about {nbytes} bytes on each rank's device besides a reserve of "
-            f"{self._reserve}, and {max(0, missing)} are missing on rank {self._group.rank}. "
+            f"{what} need about {needed} bytes on each device besides a reserve of "
+            f"{self._reserve}, and {missing} are missing. "
             "Options: a smaller picture or batch, an fp8 file, text encoders on the CPU, fewer "
             "resident components (`xdit-sidecar unload`), or more GPUs"
         )
@@ -56,7 +58,7 @@ class Reservation:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024 // self._group.world_size
+                    return int(line.split()[1]) * 1024
         return self._reserve
 
     def _most(self, missing: int) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...protocol import limits
 from ...protocol import messages as m
 from ...protocol.errors import (
     BadJob,
@@ -17,13 +16,13 @@ from ...protocol.errors import (
     OutOfMemory,
     RankFault,
     SidecarError,
-    TooLarge,
 )
 from ...protocol.regions.cuda_driver import CudaDriver, CudaError
 from ...protocol.tensors import pack_tensor, unpack_tensor
 from .autoencoder import Autoencoder
 from .components import OpenComponents
 from .denoiser import Denoiser
+from .frames import check_frame
 from .parallel import process_group
 from .parallel.config import ConfigError
 from .parallel.process_group import RankGroup
@@ -34,6 +33,9 @@ from .runs.base import Engines, Progress, Run
 from .runs.begin import begin_run
 from .text_encoding import TextEncoding
 
+# Imports take long on a loaded machine, and not equally long; the broker's patience is the bound.
+_MEETING_SECONDS = 600.0
+
 Frames = Sequence[bytes]
 Performed = tuple[m.Outcome, list[memoryview]]
 TakeDescriptor = Callable[[int], int]
@@ -42,10 +44,10 @@ TakeDescriptor = Callable[[int], int]
 class Worker:
     """One rank of a group that has met."""
 
-    def __init__(self, group: RankGroup, *, reserve: int) -> None:
+    def __init__(self, group: RankGroup, reservation: Reservation) -> None:
         self._group = group
         self._components = OpenComponents(group.device)
-        self._reservation = Reservation(group, reserve)
+        self._reservation = reservation
         self._engines = Engines(
             group,
             self._components,
@@ -67,8 +69,12 @@ class Worker:
         meeting_file: Path,
         deadline: float,
         reserve: int,
+        neighbours: int,
     ) -> Worker:
-        """Load the engine and meet the other ranks. ``device`` is "cpu" or a GPU's UUID."""
+        """Load the engine and meet the other ranks. ``device`` is "cpu" or a GPU's UUID.
+
+        ``reserve`` and ``neighbours``: see :class:`.reservation.Reservation`.
+        """
         place = _torch_device(device)
         load_xfuser(place)
         group = process_group.join(
@@ -78,8 +84,9 @@ class Worker:
             backend=backend,
             meeting_file=meeting_file,
             deadline=deadline,
+            patience=_MEETING_SECONDS,
         )
-        return cls(group, reserve=reserve)
+        return cls(group, Reservation(group, reserve=reserve, neighbours=neighbours))
 
     def perform(self, task: m.Task, frames: Frames, take: TakeDescriptor) -> Performed:
         """Do a task; its outcome and the outcome's raw frames. Never raises.
@@ -90,7 +97,7 @@ class Worker:
             return self._perform(task, frames, take)
         except SidecarError as error:
             return m.failed_answer(error), []
-        except (ConfigError, ValueError, TypeError) as error:
+        except (ConfigError, ValueError, TypeError, IndexError) as error:
             return m.failed_answer(BadJob(str(error))), []
         except torch.OutOfMemoryError as error:
             return m.failed_answer(self._out_of_memory(error)), []
@@ -167,11 +174,7 @@ class Worker:
 
     def _send(self, tensors: Mapping[str, Tensor]) -> tuple[list[m.TensorPart], list[memoryview]]:
         for name, tensor in tensors.items():
-            if tensor.nbytes > limits.BULK_FRAME:  # looked at by all ranks: all must end alike
-                raise TooLarge(
-                    f"the {name} of this job has {tensor.nbytes} bytes, the most that can be "
-                    f"sent at once is {limits.BULK_FRAME}: use a smaller batch or picture"
-                )
+            check_frame(name, tensor.nbytes)  # looked at by all ranks: all must end alike
         if self._group.rank != 0:
             return [], []
         packed = [pack_tensor(name, tensor) for name, tensor in tensors.items()]

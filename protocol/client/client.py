@@ -29,9 +29,10 @@ from ..errors import (
 from ..regions.table import process_regions
 from .attachment import Attachment
 from .deadline import Deadline, ShouldCancel
-from .exchange import Exchanges
+from .exchange import Exchanges, raise_refusal
 from .fill import OpenFill, RegionWriter
 from .identity import describe_process
+from .progress import FillReports, OnProgress, Progress
 from .session import Channel, ClientSession
 
 _log = logging.getLogger("xdit_sidecar.client")
@@ -93,6 +94,12 @@ class Client:
         """The devices that the daemon serves: "cpu" or GPU UUIDs."""
         return self.session(Deadline(timeout)).welcome.devices
 
+    @property
+    def orphans(self) -> int:
+        """How many regions of this client have lost their keeper so far."""
+        with self._known:
+            return len(self._orphans)
+
     def evict(self, fingerprint: str, device: str, *, timeout: float = 5.0) -> None:
         """Free an unleased component. Raises InUse or UnknownComponent."""
         evict = m.Evict(device=device, fingerprint=fingerprint)
@@ -138,20 +145,26 @@ class Client:
         *,
         timeout: float = 120.0,
         should_cancel: ShouldCancel | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Attachment:
         """Make the component resident, or attach it if someone made it so already.
 
         ``fill`` is called only if this process is the one to copy the tensors in; it may be called
         again if the daemon or its keeper dies meanwhile. Of several clients that hand over the same
         component at once one fills and the others wait.
+
+        ``timeout`` counts from the last bytes that came, here or at another client that fills.
+        ``on_progress`` is told bytes done and in all, about 20 times a second at most, in both
+        cases; it starts again with a fill that is lost. What it raises ends the hand-over.
         """
         deadline = Deadline(timeout, should_cancel)
+        progress = Progress(component, deadline, on_progress)
         self.session(deadline)  # a daemon that is not there at all is told at once
         failing_since = 0.0
         while True:
             began = time.monotonic()
             try:
-                return self._hand_over_once(component, device, fill, deadline)
+                return self._hand_over_once(component, device, fill, deadline, progress)
             except (FillLost, DaemonLost, DaemonAbsent, DeviceUnavailable) as error:
                 now = time.monotonic()
                 if not failing_since or now - began > _RETRY_SECONDS:
@@ -260,18 +273,36 @@ class Client:
     # --- hand-over
 
     def _hand_over_once(
-        self, component: m.Component, device: str, fill: Fill, deadline: Deadline
+        self,
+        component: m.Component,
+        device: str,
+        fill: Fill,
+        deadline: Deadline,
+        progress: Progress,
     ) -> Attachment:
         session = self.session(deadline)
-        hand_over = m.HandOver(device=device, component=component)
-        answer, _ = self.exchanges.exchange(session, hand_over, deadline)
+        hand_over = m.HandOver(device=device, component=component, progress=True)
+        with self.exchanges.open(session, hand_over, deadline) as request:
+            while isinstance(answer := request.receive()[0], m.Filling):
+                progress.heard(answer)
+        raise_refusal(session, answer)
         if isinstance(answer, m.Attached):
-            return self._attached(session, answer, deadline)
+            attachment = self._attached(session, answer, deadline)
+            progress.finish()
+            return attachment
         if not isinstance(answer, m.Fill):
             raise BadMessage(f"the daemon answered with a {type(answer).__name__}")
-        with OpenFill(self.exchanges.ask, session, component, answer.grant, deadline) as opened:
+        progress.begin()
+        ask, grant = self.exchanges.ask, answer.grant
+        with (
+            FillReports(self.exchanges, session, grant.region) as reports,
+            OpenFill(
+                ask, session, component, grant, deadline, lambda n: progress.add(n, reports)
+            ) as opened,
+        ):
             if opened.writer is not None:
                 fill(opened.writer)
+            reports.close()
             return self._attached(session, opened.commit(), deadline)
 
     def _attached(

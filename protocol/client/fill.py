@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import zmq
@@ -14,6 +14,7 @@ from .. import messages as m
 from ..errors import SidecarError, StillMapped
 from ..regions.base import MappingBytes, RegionMapping
 from ..regions.cuda_driver import CudaError
+from ..regions.file_parts import FilePart, OnBytes, unheard
 from ..regions.table import process_regions
 from .deadline import Deadline
 from .session import ClientSession
@@ -27,10 +28,18 @@ _ABANDON_SECONDS = 2.0
 
 
 class RegionWriter:
-    """The region that a fill callback writes. No view of it may outlive the callback."""
+    """The region that a fill callback writes. No view of it may outlive the callback.
 
-    def __init__(self, component: m.Component, region: MappingBytes) -> None:
+    Its methods count what they bring in, but for :meth:`write` and what goes through
+    :meth:`tensors`: whoever fills so calls ``progressed`` with the bytes that were added. What
+    counts restarts the hand-over's timeout, and may raise Cancelled or DeadlineExceeded.
+    """
+
+    def __init__(
+        self, component: m.Component, region: MappingBytes, progressed: OnBytes = unheard
+    ) -> None:
         self.component = component
+        self.progressed = progressed
         self._bytes = region
 
     @property
@@ -49,6 +58,7 @@ class RegionWriter:
         from ..regions.views import copy_into
 
         copy_into(self.tensors(), sources)
+        self.progressed(sum(tensor.nbytes for tensor in self.component.tensors))
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write bytes at an offset of the region."""
@@ -59,11 +69,26 @@ class RegionWriter:
 
         Raises OSError, and EOFError when the file ends before that.
         """
-        self.mapping.read_file(descriptor, position, offset, length)
+        self.read_file_parts(descriptor, [FilePart(position, offset, length)])
+
+    def read_file_parts(
+        self, descriptor: int, parts: Sequence[FilePart], on_bytes: OnBytes = unheard
+    ) -> None:
+        """Read many parts of a file: all at once, which is much faster than one after the other.
+
+        ``on_bytes`` is told how many bytes more are there. Raises like :meth:`read_file`.
+        """
+
+        def count(nbytes: int) -> None:
+            on_bytes(nbytes)
+            self.progressed(nbytes)
+
+        self.mapping.read_file_parts(descriptor, parts, count)
 
     def copy_region(self, source: RegionMapping) -> None:
         """Copy a whole region of the same layout, for example one whose keeper died."""
         self.mapping.copy_region(source)
+        self.progressed(source.nbytes)
 
 
 class Ask(Protocol):
@@ -88,6 +113,7 @@ class OpenFill:
         component: m.Component,
         grant: m.RegionGrant,
         deadline: Deadline,
+        progressed: OnBytes = unheard,
     ) -> None:
         self._ask = ask
         self._session = session
@@ -105,7 +131,7 @@ class OpenFill:
         region = MappingBytes(mapping)
         # The region stays open as long as anybody views it, whatever became of the fill.
         weakref.finalize(region, process_regions.release_later, grant, writable=True).atexit = False
-        self.writer: RegionWriter | None = RegionWriter(component, region)
+        self.writer: RegionWriter | None = RegionWriter(component, region, progressed)
 
     def probe(
         self, reader: str, *, offset: int = 0, length: int = 32, write: bytes | None = None

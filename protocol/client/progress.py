@@ -1,4 +1,4 @@
-"""How far a hand-over is: for its caller, its deadline, the daemon, and by it for those who wait."""
+"""How far a hand-over is: for its caller, its deadline, and by the daemon for those who wait."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class FillReports:
         self._session = session
         self._region = region
         self._next = time.monotonic() + _REPORT_SECONDS
+        self._said = 0
         self._refused = False
         self._open = contextlib.ExitStack()
         self._unanswered: OpenRequest | None = None
@@ -44,9 +45,11 @@ class FillReports:
     def tell(self, nbytes: int) -> None:
         """So many bytes are in the region, all together."""
         now = time.monotonic()
-        if now < self._next or self._session.lost.is_set() or not self._take_answer():
+        if nbytes == self._said or now < self._next or self._session.lost.is_set():
             return
-        self._next = now + _REPORT_SECONDS
+        if not self._take_answer():
+            return
+        self._said, self._next = nbytes, now + _REPORT_SECONDS
         with contextlib.suppress(SidecarError, zmq.ZMQError):
             self._unanswered = self._open.enter_context(
                 self._exchanges.open(
@@ -77,6 +80,13 @@ class FillReports:
         with contextlib.suppress(SidecarError, zmq.ZMQError), self._open.pop_all():
             raise SidecarError("given up")
 
+    def close(self) -> None:
+        """No more reports. Before commit, as an open one may keep what the fill's stack held."""
+        self._take_answer()
+        if self._unanswered is not None:
+            self._drop()
+        self._refused = True
+
     def __enter__(self) -> FillReports:
         return self
 
@@ -86,9 +96,7 @@ class FillReports:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._take_answer()
-        if self._unanswered is not None:
-            self._drop()
+        self.close()
 
 
 class Progress:
@@ -123,8 +131,8 @@ class Progress:
                 self._deadline.restart()
                 self._done = min(self._total, self._done + nbytes)
             self._look()
+            reports.tell(self._done)
             if nbytes:
-                reports.tell(self._done)
                 self._tell()
 
     def heard(self, filling: m.Filling) -> None:

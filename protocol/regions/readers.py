@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -34,23 +35,25 @@ def read_in_parallel(
     """Read all batches with a reader in each of ``threads`` threads.
 
     The first error of any thread is raised, and so is what ``on_bytes`` raises; every thread is
-    gone and every reader closed by then. Something stays unread only if no reader could be opened.
+    gone and every reader closed by then, so a read that hangs in the kernel is waited for.
+    Something stays unread only if no reader could be opened.
     """
     work = _Work(batches)
-    started: list[threading.Thread] = []
+    crew: list[threading.Thread] = []
     try:
         try:
             for _ in range(threads):
                 thread = threading.Thread(
                     target=work.run, args=(open_reader,), name="xdit-sidecar-read", daemon=True
                 )
+                crew.append(thread)  # first, as an interrupt may come in between
                 thread.start()
-                started.append(thread)
             work.report(threads, on_bytes)
         finally:
             work.stopped = True
-            for thread in started:
-                thread.join()
+            with contextlib.ExitStack() as joins:
+                for thread in crew:
+                    joins.callback(_join, thread)
     except BaseException:
         work.failures.clear()
         raise
@@ -59,6 +62,16 @@ def read_in_parallel(
     if work.failures:
         raise work.failures.pop()
     return Outcome([part for batch in work.batches for part in batch], work.refusals)
+
+
+def _join(thread: threading.Thread) -> None:
+    # However impatient the user is: what it reads into is unmapped next.
+    try:
+        if thread.ident is not None:
+            thread.join()
+    except BaseException:
+        _join(thread)
+        raise
 
 
 class _Work:
@@ -75,15 +88,19 @@ class _Work:
     def report(self, threads: int, on_bytes: OnBytes) -> None:
         """Pass on what is read until all threads have ended."""
         while threads:
-            try:
-                nbytes = self._done.get(timeout=_LOOK_SECONDS)
-            except queue.Empty:
-                on_bytes(0)
-                continue
+            nbytes = self._wait()
             if nbytes is None:
                 threads -= 1
             elif not self.failures:
                 on_bytes(nbytes)
+
+    def _wait(self) -> int | None:
+        # By itself, so that on_bytes never runs while an exception is handled: whatever it opens
+        # would keep that, its traceback, and with it the region.
+        try:
+            return self._done.get(timeout=_LOOK_SECONDS)
+        except queue.Empty:
+            return 0
 
     def run(self, open_reader: OpenReader) -> None:
         """One thread."""

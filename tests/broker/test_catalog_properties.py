@@ -210,6 +210,13 @@ class CatalogMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.do(e.Ticked(), seconds)
 
+    @rule(device=devices, pick=picks)
+    def make_room(self, device: str, pick: int) -> None:
+        kept = self.known_regions[-1 - pick % len(self.known_regions)]
+        freed = kept in self.model.freed
+        self.do(e.RoomWanted(device, frozenset({kept})))
+        assert (kept in self.model.freed) == freed
+
     # --- what holds after each step
 
     @invariant()

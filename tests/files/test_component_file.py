@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import components
 import pytest
@@ -164,16 +165,16 @@ def test_a_file_that_changes_meanwhile_is_not_committed(
 ) -> None:
     path = tmp_path / "vae.safetensors"
     write(path)
-    read_file = RegionWriter.read_file
+    read_file_parts = RegionWriter.read_file_parts
 
-    def change_and_read(writer: RegionWriter, *arguments: int) -> None:
+    def change_and_read(writer: RegionWriter, *arguments: Any) -> None:
         if before_reading:
             change(path)
-        read_file(writer, *arguments)
+        read_file_parts(writer, *arguments)
         if not before_reading:
             change(path)
 
-    monkeypatch.setattr(RegionWriter, "read_file", change_and_read)
+    monkeypatch.setattr(RegionWriter, "read_file_parts", change_and_read)
     with daemon.client() as client, SafetensorsFile.open(path) as opened:
         file = ComponentFile(opened, role="vae")
         with pytest.raises(BadFile, match="changed while it was read"):
@@ -184,7 +185,7 @@ def test_a_file_that_changes_meanwhile_is_not_committed(
 class PlainMapping(MemfdMapping):
     """Host memory behind the way that device memory is filled."""
 
-    read_file = RegionMapping.read_file
+    read_file_parts = RegionMapping.read_file_parts
 
 
 @pytest.mark.parametrize("kind", [MemfdMapping, PlainMapping])

@@ -47,12 +47,14 @@ def join(
     backend: str,
     meeting_file: Path,
     deadline: float,
+    patience: float | None = None,
 ) -> RankGroup:
     """Meet the other ranks; returns when all have come, or raises RendezvousError.
 
     ``meeting_file`` must not exist before the first rank comes and must lie in a directory that
     only this user can write. ``backend`` is "gloo" or "nccl". ``deadline`` (seconds) holds for
-    the meeting and for every later exchange, until ``set_deadline``. xfuser must be loaded.
+    the meeting and for every later exchange, until ``set_deadline``. ``patience`` (seconds) is for
+    ranks that come later, if they may take longer. xfuser must be loaded.
     """
     if backend not in ("gloo", "nccl"):
         raise RendezvousError(f"backend {backend!r}: gloo and nccl are supported")
@@ -63,8 +65,12 @@ def join(
         torch.cuda.set_device(device)
     limit = timedelta(seconds=deadline)
     store = dist.FileStore(str(meeting_file), world_size)  # type: ignore[attr-defined]
-    store.set_timeout(limit)
+    patience = deadline if patience is None else patience
+    store.set_timeout(timedelta(seconds=patience))
     try:
+        store.set(f"here-{rank}", "")
+        store.wait([f"here-{other}" for other in range(world_size)])
+        store.set_timeout(limit)
         dist.init_process_group(
             backend=backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )
@@ -73,7 +79,7 @@ def join(
     except RuntimeError as error:
         leave()
         raise RendezvousError(
-            f"rank {rank} of {world_size} did not meet the others within {deadline:g} s "
+            f"rank {rank} of {world_size} did not meet the others within {patience:g} s "
             f"({_first_line(error)}): restart the group with a new meeting file"
         ) from error
     return RankGroup(rank, world_size, device, backend, deadline)

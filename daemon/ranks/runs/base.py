@@ -50,6 +50,7 @@ class Engines(NamedTuple):
 class Place(NamedTuple):
     """Where a job's things are found on this rank."""
 
+    job: int  # its number, the same on every rank
     session: str
     regions: Mapping[str, str]  # fingerprint → region
     components: Mapping[str, str]  # role → fingerprint

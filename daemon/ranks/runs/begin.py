@@ -11,7 +11,7 @@ from .picture import PictureRun
 
 def begin_run(task: m.TurnTask, job: m.Job, tensors: Tensors, engines: Engines) -> Run:
     """The run of a job on this rank. Raises ValueError for tensors that are missing."""
-    place = Place(task.session, task.regions, job.components)
+    place = Place(task.job, task.session, task.regions, job.components)
     match job:
         case m.Forward():
             return ForwardRun(job, tensors, place, engines)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
 import torch
 from torch import Tensor
 
 from ....protocol import messages as m
+from ....protocol.manifest import DTYPE_BYTES
 from ...models.flux_config import FluxConfig
 from ..denoiser import Conditioning, DenoiserOptions
+from ..frames import check_frame
 from ..sampling.latent_format import to_vae
 from ..sampling.noise import seeded_noise
 from ..sampling.sampler import Denoising
@@ -35,9 +41,14 @@ class PictureRun:
             adapters=[(place.regions.get(a.fingerprint), a.strength) for a in job.adapters],
         )
         self._config = _check_model(engines.denoiser.config(self._options))
-        if job.decode or job.preview:
-            engines.components.find(place.region("vae"), "vae")  # sooner told than at the end
-        self._denoising = self._start()
+        shape = self._latent_shape()
+        # Sooner told than at the end.
+        check_frame("latent", prod(shape) * DTYPE_BYTES["F32"])
+        if job.decode:
+            engines.autoencoder.check_size(place.region("vae"), job.compute, shape)
+        elif job.preview:
+            engines.components.find(place.region("vae"), "vae")
+        self._denoising = self._start(shape)
         self._positive: Conditioning | None = None
         self._negative: Conditioning | None = None
 
@@ -61,13 +72,12 @@ class PictureRun:
         )
         return {"latent": latent, "image": image}
 
-    def _start(self) -> Denoising:
+    def _start(self, shape: Sequence[int]) -> Denoising:
         job, tensors = self._job, self._tensors
         device = self._engines.group.device
         latent = tensors.get("latent")
         noise = tensors.get("noise")
         if noise is None:
-            shape = self._latent_shape() if latent is None else tuple(latent.shape)
             noise = seeded_noise(shape, job.seed)
         sigmas = tensors.get("sigmas")
         if sigmas is None:
@@ -93,7 +103,15 @@ class PictureRun:
             sampler=job.sampler,
         )
 
-    def _latent_shape(self) -> tuple[int, int, int, int]:
+    def _latent_shape(self) -> tuple[int, ...]:
+        """(B, C, h, w) of what is denoised."""
+        for name in ("noise", "latent"):
+            if (given := self._tensors.get(name)) is not None:
+                if given.ndim != 4:
+                    raise ValueError(
+                        f"{name} of shape {tuple(given.shape)}: give (batch, channels, h, w)"
+                    )
+                return tuple(given.shape)
         job, ratio = self._job, _PIXELS
         if (region := self._place.region("vae")) is not None:
             ratio = self._engines.autoencoder.ratio(region, job.compute)
@@ -102,15 +120,11 @@ class PictureRun:
 
     def _condition(self, prefix: str) -> Conditioning:
         """What a prompt, or ready conditioning, makes of each latent of the batch."""
-        tensors = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self._tensors.items()
-            if name.startswith(prefix)
-        }
-        if "context" in tensors:
-            context, pooled = tensors["context"], tensors.get("y")
+        tensors = self._tensors
+        if f"{prefix}context" in tensors:
+            context, pooled = tensors[f"{prefix}context"], tensors.get(f"{prefix}y")
         else:
-            clip_ids, t5_ids = require(tensors, "clip_l_ids", "t5_ids")
+            clip_ids, t5_ids = require(tensors, f"{prefix}clip_l_ids", f"{prefix}t5_ids")
             clip, t5 = self._place.region("clip_l"), self._place.region("t5")
             context, pooled = self._engines.texts.encode(clip, t5, clip_ids, t5_ids)
         rows = self._denoising.latent.shape[0]
@@ -119,7 +133,7 @@ class PictureRun:
             context=_spread("context", context, rows).to(device),
             y=None if pooled is None else _spread("y", pooled, rows).to(device),
             guidance=self._guidance(rows),
-            name=f"job {id(self)}",
+            name=f"job {self._place.job}",
         )
 
     def _guidance(self, rows: int) -> Tensor | None:
@@ -136,9 +150,10 @@ class PictureRun:
             return denoiser.predict(self._options, x, sigma, positive)
         both = _join(positive, negative)
         if both is None:  # prompts of different lengths
+            options = replace(self._options, run=_NEGATIVE)  # what is kept of each stays apart
             return (
                 denoiser.predict(self._options, x, sigma, positive),
-                denoiser.predict(self._options, x, sigma, negative),
+                denoiser.predict(options, x, sigma, negative),
             )
         output = denoiser.predict(self._options, x.repeat(2, 1, 1, 1), sigma.repeat(2), both)
         with_prompt, without = output.chunk(2)
@@ -165,8 +180,9 @@ def _check_model(config: FluxConfig) -> FluxConfig:
 
 def _spread(name: str, tensor: Tensor, rows: int) -> Tensor:
     """One row stands for all."""
-    if tensor.shape[0] not in (1, rows):
-        raise ValueError(f"{name} has {tensor.shape[0]} rows for {rows} latents: give 1 or {rows}")
+    if tensor.ndim == 0 or tensor.shape[0] not in (1, rows):
+        shape = tuple(tensor.shape)
+        raise ValueError(f"{name} has shape {shape} for {rows} latents: give 1 or {rows} rows")
     return tensor.expand(rows, *tensor.shape[1:])
 
 

@@ -60,13 +60,8 @@ class Vae(NamedTuple):
         Heights and widths that the ratio does not divide are cut on both sides, as ComfyUI cuts
         them. Raises ValueError for another shape or dtype.
         """
+        check_images(self.config, images)
         ratio = self.config.ratio
-        fits = images.ndim == 4 and images.shape[3] == IMAGE_CHANNELS
-        if not (fits and min(images.shape[1:3]) >= ratio and images.is_floating_point()):
-            raise ValueError(
-                f"images of shape {list(images.shape)} and {images.dtype}: give [batch, height, "
-                f"width, 3] from 0 to 1 with sides of at least {ratio}"
-            )
         for axis in (1, 2):
             size = images.shape[axis]
             images = images.narrow(axis, size % ratio // 2, size - size % ratio)
@@ -148,14 +143,29 @@ def keep_dtype(decoder: nn.Module, compute_dtype: torch.dtype) -> None:
     decoder.get_submodule("up_blocks.0").register_forward_pre_hook(recast)
 
 
-def decode_images(vae: Vae, latent: torch.Tensor, decode: Decode, *, tiles: bool) -> torch.Tensor:
-    """``decode`` for each latent of a batch, or for each of its tiles, as ``Vae.decode`` says."""
-    config = vae.config
+def check_images(config: VaeConfig, images: torch.Tensor) -> None:
+    """Raise ValueError for what ``Vae.encode`` does not take."""
+    fits = images.ndim == 4 and images.shape[3] == IMAGE_CHANNELS
+    if not (fits and min(images.shape[1:3]) >= config.ratio and images.is_floating_point()):
+        raise ValueError(
+            f"images of shape {list(images.shape)} and {images.dtype}: give [batch, height, "
+            f"width, 3] from 0 to 1 with sides of at least {config.ratio}"
+        )
+
+
+def check_latent(config: VaeConfig, latent: torch.Tensor) -> None:
+    """Raise ValueError for what ``Vae.decode`` does not take."""
     if latent.ndim != 4 or latent.shape[1] != config.latent_channels or 0 in latent.shape[2:]:
         raise ValueError(
             f"a latent of shape {list(latent.shape)}: this VAE takes "
             f"[batch, {config.latent_channels}, height, width]"
         )
+
+
+def decode_images(vae: Vae, latent: torch.Tensor, decode: Decode, *, tiles: bool) -> torch.Tensor:
+    """``decode`` for each latent of a batch, or for each of its tiles, as ``Vae.decode`` says."""
+    check_latent(vae.config, latent)
+    config = vae.config
     height, width = (size * config.ratio for size in latent.shape[2:])
     images = torch.empty((len(latent), height, width, IMAGE_CHANNELS), device=vae.device)
     for number in range(len(latent)):

@@ -1,0 +1,69 @@
+"""What becomes of a run that the ranks cannot do: it stops, or ComfyUI samples, and says so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import comfy.patcher_extension
+
+from .refusals import CannotBeRemote, find_problem
+
+_log = logging.getLogger("xdit_sidecar.comfyui")
+
+STOP = "stop"
+LOCALLY = "sample locally"
+ON_PROBLEM = (STOP, LOCALLY)
+
+_KEY = "xdit_sidecar"
+
+
+def tell(node: str | None, text: str) -> None:
+    """A warning in the log and on the node."""
+    _log.warning("xDiT: %s", text)
+    if node is None:
+        return
+    from server import PromptServer
+
+    if (server := getattr(PromptServer, "instance", None)) is not None:
+        server.send_progress_text(f"⚠ {text}", node)
+
+
+def install_check(
+    model: Any, on_problem: str, load_here: Callable[[], Any], node: str | None
+) -> None:
+    """Have every run of a sampler on ``model`` (a ModelPatcher) checked before it begins.
+
+    ``load_here`` loads the same model into ComfyUI, for ``on_problem`` = "sample locally".
+    """
+    local: list[Any] = []  # loaded at most once
+
+    def check(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        guider = executor.class_obj
+        problem = find_problem(guider.model_patcher, guider.conds)
+        if problem is None:
+            return executor(*args, **kwargs)
+        if on_problem == STOP:
+            raise CannotBeRemote(problem)
+        tell(node, f"samples in ComfyUI, because the ranks cannot do this: {problem}")
+        if not local:
+            local.append(load_here())
+        remote = guider.model_patcher
+        guider.model_patcher = move_patches(remote, local[0])
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            guider.model_patcher = remote
+
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, _KEY, check)
+
+
+def move_patches(source: Any, target: Any) -> Any:
+    """A clone of ``target`` with the LoRAs, options and wrappers of ``source``."""
+    clone = target.clone()
+    clone.patches = {key: list(entries) for key, entries in source.patches.items()}
+    clone.patches_uuid = source.patches_uuid
+    clone.object_patches = source.object_patches.copy()
+    clone.model_options = source.model_options
+    return clone

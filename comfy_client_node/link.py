@@ -1,0 +1,87 @@
+"""This ComfyUI process's one client of the daemon."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+
+import comfy.model_management
+
+from ..protocol.client.client import Client
+from ..protocol.client.remote import RemoteRanks
+from ..protocol.errors import SidecarError
+
+_QUICK_SECONDS = 0.5  # ComfyUI asks for fingerprints before each prompt
+
+INSTALL_HINT = (
+    "The daemon runs beside ComfyUI, in an environment of its own: install it there with "
+    "`pip install 'xdit-sidecar[daemon]'`, then start it with `xdit-sidecar serve --ranks N`."
+)
+
+
+class Link:
+    """Connects when first used; stays for the life of the process."""
+
+    def __init__(self) -> None:
+        self.client = Client(
+            name="ComfyUI", host=f"ComfyUI {comfy_version()}", dynamic_vram=has_dynamic_vram()
+        )
+        self.remote = RemoteRanks(self.client)
+        atexit.register(self.client.close)
+
+    def boot_id(self) -> str:
+        """The daemon's, a new one after each of its starts; "" if none answers. Never raises."""
+        try:
+            return self.client.ping(timeout=_QUICK_SECONDS)
+        except SidecarError:
+            return ""
+
+    def epoch(self) -> str:
+        """Changes when what was handed over has to be handed over again. Never raises."""
+        return f"{self.boot_id()}:{self.client.orphans}"
+
+    def rank_devices(self) -> list[str]:
+        """Where the ranks work. Raises SidecarError."""
+        return list(dict.fromkeys(rank.device for rank in self.client.status().ranks))
+
+
+_lock = threading.Lock()
+_link: Link | None = None
+
+
+def link() -> Link:
+    """The process's link."""
+    global _link
+    with _lock:
+        if _link is None:
+            _link = Link()
+        return _link
+
+
+def stop_if_interrupted() -> bool:
+    """For waits: passes on ComfyUI's own exception when the prompt is interrupted."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    return False
+
+
+def explain(error: SidecarError) -> str:
+    """An error for people at the node, with what to do about it."""
+    text = str(error)
+    return f"{text}. {INSTALL_HINT}" if error.code == "absent" else text
+
+
+def comfy_version() -> str:
+    """ComfyUI's own version, or "?"."""
+    try:
+        from comfyui_version import __version__
+    except ImportError:
+        return "?"
+    return str(__version__)
+
+
+def has_dynamic_vram() -> bool | None:
+    """Whether this ComfyUI pages weights itself; None where there is no such thing yet."""
+    import comfy.model_patcher
+
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", None)
+    return None if patcher is None else "Dynamic" in patcher.__name__

@@ -1,0 +1,270 @@
+"""A ComfyUI MODEL without weights, whose forward is answered by the daemon's ranks."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.utils
+import torch
+
+from ..protocol import messages as m
+from ..protocol.client.attachment import Attachment
+from ..protocol.component_file import ComponentFile, hand_over_file
+from ..protocol.errors import MissingComponent, RankLost, SidecarError, UnsupportedModel
+from ..protocol.safetensors_file import SafetensorsFile
+from .link import Link, explain, stop_if_interrupted
+from .lora_patches import LoraComponents
+from .refusals import check_call
+from .shared_weights import read_shapes
+
+_log = logging.getLogger("xdit_sidecar.comfyui")
+
+_ROLE = "transformer"
+_LOAD_SECONDS = 600.0  # without a byte of progress
+_FORWARD_SECONDS = 600.0
+_RECOVERY_SECONDS = 120.0
+_CHECKPOINT = "model.diffusion_model."  # what the names begin with in whole checkpoints
+_NODE = "XDiT UNet Loader"
+_COMPUTE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class WeightlessModel(RuntimeError):
+    """Something in the workflow wants to read the weights of a model that has none here."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the model of the {_NODE!r} node has no weights in ComfyUI, they are in the daemon: "
+            f"{what} cannot work with it. Use ComfyUI's own Load Diffusion Model node for that"
+        )
+
+
+class RemoteTransformer(torch.nn.Module):
+    """Stands where ``BaseModel.diffusion_model`` stands; has no parameters."""
+
+    def __init__(
+        self,
+        link: Link,
+        path: Path,
+        prefix: str,
+        shapes: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        patch_size: int,
+        degrees: m.Degrees | None,
+    ) -> None:
+        """``shapes``: the weights as tensors on the meta device, by BFL's names."""
+        super().__init__()
+        self.dtype = dtype
+        self.patch_size = patch_size
+        self.owner: weakref.ref[Any] | None = None  # the BaseModel, which knows its patcher
+        self._link = link
+        self._path = path
+        self._prefix = prefix
+        self._shapes = dict(shapes)
+        self._degrees = degrees
+        self._held: dict[str, Attachment] = {}  # by device
+        self._loras = LoraComponents(link)
+
+    # --- what others ask of weights
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", **_: Any) -> Any:
+        """Names and shapes, for LoRA loaders. Raises WeightlessModel for who wants to save it."""
+        if not prefix:
+            raise WeightlessModel("saving or merging a model")
+        result = {} if destination is None else destination
+        result.update({prefix + name: tensor for name, tensor in self._shapes.items()})
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {key.partition(".")[0] for key in self.__dict__.get("_shapes", ())}:
+            # An AttributeError: ComfyUI asks for some weights only to see whether they are there.
+            raise AttributeError(str(WeightlessModel(f"whatever reads its {name}")))
+        return super().__getattr__(name)
+
+    # --- residence
+
+    def hand_over(self) -> None:
+        """Have the file resident wherever the ranks work. Raises SidecarError."""
+        held = {}
+        with SafetensorsFile.open(self._path) as file:
+            component = ComponentFile(file, role=_ROLE, prefix=self._prefix)
+            progress = _Progress(component.component)
+            for device in self._link.rank_devices():
+                held[device] = hand_over_file(
+                    self._link.client,
+                    component,
+                    device,
+                    timeout=_LOAD_SECONDS,
+                    should_cancel=stop_if_interrupted,
+                    on_progress=progress.tell,
+                )
+        self.release()
+        self._held = held
+
+    def release(self) -> None:
+        """Let go of the component; the daemon keeps it until it needs the room."""
+        held, self._held = self._held, {}
+        for attachment in held.values():
+            attachment.release()
+
+    # --- the call
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        y: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        ref_latents: list[torch.Tensor] | None = None,
+        control: Any = None,
+        transformer_options: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        """FLUX's prediction for (B, C, H, W), as ComfyUI's own module gives it."""
+        options = transformer_options or {}
+        wrappers = comfy.patcher_extension.get_all_wrappers(
+            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
+        )
+        run = comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            self._forward, self, wrappers
+        )
+        output: torch.Tensor = run.execute(
+            x, timestep, context, y, guidance, ref_latents, control, options, **others
+        )
+        return output
+
+    def _forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        y: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        ref_latents: list[torch.Tensor] | None = None,
+        control: Any = None,
+        transformer_options: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        check_call(control, transformer_options or {}, others)
+        tensors = {"x": x, "timestep": timestep, "context": context}
+        if y is not None:
+            tensors["y"] = y
+        if guidance is not None:
+            tensors["guidance"] = guidance
+        for number, reference in enumerate(ref_latents or []):
+            tensors[f"ref_latents.{number}"] = reference
+        method = others.get("ref_latents_method", "offset")
+        return self._ask(tensors, method, _COMPUTE[x.dtype]).to(x.device)
+
+    def _ask(self, tensors: dict[str, torch.Tensor], method: str, compute: str) -> torch.Tensor:
+        """The answer of the ranks; once more if they, or the daemon, were started anew."""
+        recovered: set[str] = set()
+        while True:
+            try:
+                return self._link.remote.run(
+                    self._make_job(method, compute),
+                    tensors,
+                    timeout=_FORWARD_SECONDS,
+                    should_cancel=stop_if_interrupted,
+                )["output"]
+            except (MissingComponent, RankLost) as error:
+                if error.code in recovered:
+                    raise RuntimeError(explain(error)) from None
+                recovered.add(error.code)
+                _log.warning("xDiT: %s; trying once more", error)
+                self._recover(error)
+            except SidecarError as error:
+                raise RuntimeError(explain(error)) from None
+
+    def _recover(self, error: SidecarError) -> None:
+        try:
+            if isinstance(error, RankLost):
+                self._link.remote.wait_until_ready(timeout=_RECOVERY_SECONDS)
+            else:
+                self.hand_over()
+                self._loras.forget()
+        except SidecarError as failure:
+            raise RuntimeError(explain(failure)) from None
+
+    def _make_job(self, method: Any, compute: Any) -> m.Forward:
+        if not self._held:
+            self.hand_over()
+        owner = self.owner() if self.owner is not None else None
+        patcher = getattr(owner, "current_patcher", None)
+        held = next(iter(self._held.values()))
+        return m.Forward(
+            components={_ROLE: held.component.fingerprint},
+            tensors=[],
+            compute=compute,
+            degrees=self._degrees,
+            adapters=self._loras.of(patcher, list(self._held)) if patcher is not None else [],
+            ref_latents_method=method,
+        )
+
+
+class _Progress:
+    """A progress bar on the node."""
+
+    def __init__(self, component: m.Component) -> None:
+        total = sum(spec.nbytes for spec in component.tensors)
+        self._bar = comfy.utils.ProgressBar(max(1, total))
+
+    def tell(self, done: int, total: int) -> None:
+        """Called with bytes done and in all."""
+        self._bar.update_absolute(done, total)
+
+
+def load_remote_model(
+    link: Link, path: Path, dtype: torch.dtype | None, degrees: m.Degrees | None
+) -> Any:
+    """A ``ModelPatcher`` around a weightless FLUX.1, whose file is handed over and not loaded.
+
+    ``dtype`` is what ComfyUI calls the weights' dtype; None: its own choice for the file. Raises
+    SidecarError.
+    """
+    shapes = read_shapes(path, _CHECKPOINT)
+    prefix = _CHECKPOINT if shapes else ""
+    shapes = shapes or read_shapes(path)
+    config = comfy.model_detection.model_config_from_unet(dict(shapes), "")
+    if config is None or config.unet_config.get("image_model") != "flux":
+        raise UnsupportedModel(
+            f"{path.name!r} is no FLUX.1 transformer that ComfyUI knows: the ranks serve FLUX.1 "
+            "dev, schnell, Kontext, Fill, Canny and Depth"
+        )
+    load_device = comfy.model_management.get_torch_device()
+    weights_dtype = None if config.scaled_fp8 is not None else comfy.utils.weight_dtype(shapes)
+    supported = list(config.supported_inference_dtypes)
+    chosen = dtype or comfy.model_management.unet_dtype(
+        model_params=sum(tensor.numel() for tensor in shapes.values()),
+        supported_dtypes=supported,
+        weight_dtype=weights_dtype,
+    )
+    cast = comfy.model_management.unet_manual_cast(chosen, load_device, supported)
+    config.set_inference_dtype(chosen, cast)
+    config.unet_config["disable_unet_model_creation"] = True
+    base = config.get_model({}, "")
+    transformer = RemoteTransformer(
+        link, path, prefix, shapes, chosen, config.unet_config.get("patch_size", 2), degrees
+    )
+    transformer.owner = weakref.ref(base)
+    transformer.hand_over()
+    base.diffusion_model = transformer
+    base.memory_required = _needs_nothing
+    # The lease ends when ComfyUI drops the model.
+    weakref.finalize(base, transformer.release)
+    return comfy.model_patcher.ModelPatcher(
+        base, load_device, comfy.model_management.unet_offload_device(), size=1
+    )
+
+
+def _needs_nothing(*_: Any, **__: Any) -> int:
+    """Cond and uncond always go in one batch: the ranks look after their memory themselves."""
+    return 0

@@ -1,0 +1,175 @@
+"""ComfyUI's own modules around weights that lie in a region of the daemon."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import comfy.utils
+import torch
+
+from ..protocol.client.attachment import Attachment
+from ..protocol.component_file import ComponentFile, hand_over_file
+from ..protocol.errors import RegionUnavailable, UnsupportedModel
+from ..protocol.regions.cuda_driver import CudaDriver
+from ..protocol.regions.views import safetensors_dtype, torch_dtype
+from ..protocol.safetensors_file import SafetensorsFile
+from .link import Link, stop_if_interrupted
+
+_log = logging.getLogger("xdit_sidecar.comfyui")
+
+_LOAD_SECONDS = 600.0  # without a byte of progress
+_ATTRIBUTE = "xdit_shared_weights"
+
+
+class SharedWeights:
+    """The parameters of a module that are views of regions; keeps their leases."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        """``module``: what ComfyUI calls the model, a VAE's or text encoders' whole."""
+        self._module = module
+        self._views: dict[str, torch.Tensor] = {}
+        self._held: list[Attachment] = []
+        # Lives and ends with the module, whoever else knows the module.
+        object.__setattr__(module, _ATTRIBUTE, self)
+
+    @staticmethod
+    def of(module: torch.nn.Module) -> SharedWeights | None:
+        """What is shared of a module; None if nothing is."""
+        found = getattr(module, _ATTRIBUTE, None)
+        return found if isinstance(found, SharedWeights) else None
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        """The components that the module's parameters lie in."""
+        return self._held
+
+    def adopt(self, attachment: Attachment, prefix: str = "") -> None:
+        """Point the module's parameters at the component's tensors: ``prefix`` + name each."""
+        parameters = dict(self._module.named_parameters())
+        for name, view in attachment.tensors().items():
+            key = prefix + name
+            if key in parameters:
+                self._views[key] = view
+        self._held.append(attachment)
+        self.restore()
+
+    def restore(self, but: Mapping[str, object] | None = None) -> int:
+        """Point every parameter at its view again, ``but`` those patched; how many were astray."""
+        astray = 0
+        parameters = dict(self._module.named_parameters())
+        for key, view in self._views.items():
+            if key in (but or {}):
+                continue
+            if parameters[key].data_ptr() != view.data_ptr():
+                comfy.utils.set_attr_param(self._module, key, view)
+                astray += 1
+        return astray
+
+    def make_private(self, key: str) -> None:
+        """Replace a parameter by a copy of its own: somebody is about to write to it."""
+        view = self._views.get(key)
+        parameter = comfy.utils.get_attr(self._module, key)
+        if view is not None and parameter.data_ptr() == view.data_ptr():
+            comfy.utils.set_attr_param(self._module, key, view.clone())
+
+    @property
+    def nbytes(self) -> int:
+        """Of all shared parameters."""
+        return sum(view.nbytes for view in self._views.values())
+
+
+def device_name(device: torch.device) -> str:
+    """The daemon's name of a torch device of this process."""
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        raise RegionUnavailable(f"memory of a {device.type} device cannot be shared: CUDA and CPU")
+    return CudaDriver.load().device_uuid(device.index or 0)
+
+
+def read_shapes(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a file on the meta device, by their names without prefix. Raises BadFile."""
+    with SafetensorsFile.open(path) as file:
+        return {
+            spec.name.removeprefix(prefix): torch.empty(
+                spec.shape, dtype=torch_dtype(spec.dtype), device="meta"
+            )
+            for spec, _ in file.tensors
+            if spec.name.startswith(prefix)
+        }
+
+
+def share_file(
+    link: Link,
+    shared: SharedWeights,
+    path: Path,
+    *,
+    role: str,
+    device: torch.device,
+    file_prefix: str = "",
+    module_prefix: str = "",
+) -> None:
+    """Hand over one component of a file and put its tensors into the module.
+
+    The module was built on the meta device. Its dtypes are kept: where they differ from the file's
+    the component is converted once, on its way. Raises SidecarError, UnsupportedModel.
+    """
+    module = shared._module
+    wanted = {key: value.dtype for key, value in module.named_parameters()}
+    with SafetensorsFile.open(path) as file:
+        dtype = _conversion(file, file_prefix, module_prefix, wanted)
+        component = ComponentFile(file, role=role, prefix=file_prefix, dtype=dtype)
+        bar = comfy.utils.ProgressBar(100)
+        attachment = hand_over_file(
+            link.client,
+            component,
+            device_name(device),
+            timeout=_LOAD_SECONDS,
+            should_cancel=stop_if_interrupted,
+            on_progress=lambda done, total: bar.update_absolute(int(100 * done / total), 100),
+        )
+    how = f"read {component.bytes_read} bytes" if component.bytes_read else "was resident"
+    _log.info("xDiT: %s %s on %s, %s", role, path.name, device, how)
+    shared.adopt(attachment, module_prefix)
+
+
+def fill_the_rest(module: torch.nn.Module, device: torch.device) -> None:
+    """Give real memory to the parameters that no file has. Raises UnsupportedModel.
+
+    CLIP's projection may be missing from files; FLUX.1 does not use it.
+    """
+    for name, parameter in list(module.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        if not name.endswith("text_projection.weight"):
+            raise UnsupportedModel(f"the file lacks {name}: download it again")
+        identity = torch.eye(parameter.shape[0], dtype=parameter.dtype, device=device)
+        comfy.utils.set_attr_param(module, name, identity)
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta:
+            raise UnsupportedModel(f"this ComfyUI computes {name} when it loads: not supported yet")
+
+
+def _conversion(
+    file: SafetensorsFile, file_prefix: str, module_prefix: str, wanted: Mapping[str, torch.dtype]
+) -> str | None:
+    """What the file's tensors have to be converted to; None if they fit as they are."""
+    targets = set()
+    differs = False
+    for spec, _ in file.tensors:
+        key = module_prefix + spec.name.removeprefix(file_prefix)
+        if not spec.name.startswith(file_prefix) or key not in wanted:
+            continue
+        target = safetensors_dtype(wanted[key])
+        targets.add(target)
+        differs = differs or target != spec.dtype
+    if not differs:
+        return None
+    if len(targets) > 1:
+        raise UnsupportedModel(
+            f"{file.label!r}: ComfyUI wants its weights in {', '.join(sorted(targets))} at once; "
+            "convert the file to one of them, or use ComfyUI's own loader"
+        )
+    return targets.pop()

@@ -1,0 +1,17 @@
+"""ComfyUI servers that the tests of a module share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from comfyui import packs
+from comfyui.server import ComfyServer
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A running ComfyUI that has this project's clone among its custom nodes."""
+    base = tmp_path_factory.mktemp("comfyui") / "base"
+    with ComfyServer(base, packs={"xdit_sidecar": packs.clone()}) as running:
+        yield running

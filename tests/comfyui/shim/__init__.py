@@ -1,0 +1,12 @@
+"""TEST ONLY, a custom node pack: ComfyUI's stock loaders accept tiny FLUX.1 files; nodes that report.
+
+Nothing here may know of this project: what tests compare with it must be ComfyUI's own result.
+"""
+
+from . import state, tiny_sizes
+from .nodes import NODE_CLASS_MAPPINGS
+
+tiny_sizes.accept()
+state.count()
+
+__all__ = ["NODE_CLASS_MAPPINGS"]

@@ -1,0 +1,150 @@
+"""Output nodes that show tests the numbers in a workflow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+import torch
+from safetensors.torch import save_file
+
+
+class _Anything(str):
+    """The type of an input that takes any output."""
+
+    __slots__ = ()
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __eq__ = str.__eq__
+    __hash__ = str.__hash__
+
+
+class SaveTensors:
+    """Writes ``output/NAME.safetensors``.
+
+    samples, noise_mask; images; mask; conditioning.N.cond and conditioning.N.KEY, with numbers as
+    0-dimensional tensors and lists as KEY.0, KEY.1 and so on.
+    """
+
+    CATEGORY = "test"
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        kinds = {
+            "samples": "LATENT",
+            "images": "IMAGE",
+            "mask": "MASK",
+            "conditioning": "CONDITIONING",
+        }
+        return {
+            "required": {"name": ("STRING", {})},
+            "optional": {name: (kind,) for name, kind in kinds.items()},
+        }
+
+    def save(
+        self,
+        name: str,
+        samples: dict[str, Any] | None = None,
+        images: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        conditioning: list[Any] | None = None,
+    ) -> dict[str, Any]:
+        tensors: dict[str, torch.Tensor] = {}
+        if samples is not None:
+            tensors |= _flatten("", samples)
+        if images is not None:
+            tensors["images"] = images
+        if mask is not None:
+            tensors["mask"] = mask
+        for number, (cond, extra) in enumerate(conditioning or []):
+            tensors |= _flatten(f"conditioning.{number}.", {"cond": cond, **extra})
+        # A copy of each: tensors that share memory cannot be saved.
+        plain = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
+        path = os.path.join(folder_paths.get_output_directory(), f"{name}.safetensors")
+        save_file({key: tensor.contiguous() for key, tensor in plain.items()}, f"{path}.part")
+        os.replace(f"{path}.part", path)
+        return {"ui": {"tensors": [name]}}
+
+
+def _flatten(prefix: str, values: dict[str, Any]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for key, value in values.items():
+        if isinstance(value, torch.Tensor):
+            found[f"{prefix}{key}"] = value
+        elif isinstance(value, (bool, int, float)):
+            found[f"{prefix}{key}"] = torch.tensor(value)
+        elif isinstance(value, (list, tuple)):
+            found |= _flatten(prefix, {f"{key}.{i}": each for i, each in enumerate(value)})
+    return found
+
+
+class ReportParameters:
+    """Tells where the parameters and buffers of models lie, in the prompt's outputs.
+
+    ``parameters``: one object per tensor. ``load`` loads the models first, wholly. ``after`` takes
+    any output: what has to run before this.
+    """
+
+    CATEGORY = "test"
+    FUNCTION = "report"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {"load": ("BOOLEAN", {"default": False})},
+            "optional": {
+                **{name: (name.upper(),) for name in ("model", "clip", "vae")},
+                "after": (_Anything("*"),),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> float:
+        return float("nan")  # addresses change without an input changing: never from the cache
+
+    def report(
+        self, load: bool, model: Any = None, clip: Any = None, vae: Any = None, after: Any = None
+    ) -> dict[str, Any]:
+        patchers = {
+            "model": model,
+            "clip": clip and clip.patcher,
+            "vae": vae and vae.patcher,
+        }
+        given = {kind: patcher for kind, patcher in patchers.items() if patcher is not None}
+        if load:
+            comfy.model_management.load_models_gpu([*given.values()], force_full_load=True)
+        found = [each for kind, patcher in given.items() for each in _describe(kind, patcher)]
+        return {"ui": {"parameters": found}}
+
+
+def _describe(kind: str, patcher: Any) -> Iterator[dict[str, Any]]:
+    for name, tensor in (*patcher.model.named_parameters(), *patcher.model.named_buffers()):
+        yield {
+            "of": kind,
+            "name": name,
+            "data_ptr": tensor.data_ptr() if tensor.device.type != "meta" else None,
+            "device": str(tensor.device),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "nbytes": tensor.nbytes,
+            "storage_nbytes": tensor.untyped_storage().nbytes(),
+            "shared": tensor.is_shared() if tensor.device.type == "cpu" else None,
+            "load_device": str(patcher.load_device),
+            "offload_device": str(patcher.offload_device),
+        }
+
+
+NODE_CLASS_MAPPINGS = {
+    "TestSaveTensors": SaveTensors,
+    "TestReportParameters": ReportParameters,
+}

@@ -1,0 +1,127 @@
+"""Tiny FLUX.1 files for a ComfyUI server: random, always the same, made once under `.cache/`.
+
+Stock loaders take them where the test shim is installed. The transformer has four heads, so that
+one, two or four ranks can share it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import inspect
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import flux_files
+import lora_files
+import numpy as np
+import torch
+from PIL import Image
+from ranks.components import component_files
+from ranks.components.component_files import T5, Clip, SmallVae
+from safetensors.torch import save_file
+
+_CACHE = Path(__file__).resolve().parents[2] / ".cache" / "comfyui"
+
+CLIP_SIZES = Clip(width=64, layers=2)
+# ComfyUI's tokenizer has 32,100 tokens; the real file has room for a few more.
+T5_SIZES = T5(width=64, heads=4, head_size=16, mlp_size=128, layers=2, vocabulary=32128)
+VAE_SIZES = SmallVae()
+FLUX_SIZES = flux_files.Flux(
+    heads=4,
+    head_size=16,
+    double=2,
+    single=2,
+    context=T5_SIZES.width,
+    pooled=CLIP_SIZES.width,
+    channels=64,
+    inputs=64,
+)
+
+# Names as loaders list them.
+DIFFUSION_MODEL = "tiny-flux.safetensors"  # fp32
+DIFFUSION_MODEL_BF16 = "tiny-flux-bf16.safetensors"
+DIFFUSION_MODEL_OTHER = "tiny-flux-other.safetensors"  # fp32, the same sizes, other weights
+CLIP_L = "tiny-clip_l.safetensors"  # fp16, as the next
+T5XXL = "tiny-t5xxl.safetensors"
+AUTOENCODER = "tiny-ae.safetensors"  # fp32
+LORA = "tiny-lora.safetensors"  # with kohya's names, as the next
+LORA_OTHER = "tiny-lora-other.safetensors"
+CHECKPOINT = "tiny-checkpoint.safetensors"  # all four parts, the same weights
+PICTURE = "tiny-picture.png"  # 256 × 256, in the input folder
+PICTURE_OTHER = "tiny-picture-other.png"  # 192 × 256
+
+Files = dict[str, dict[str, torch.Tensor]]
+
+
+def install(base: Path) -> None:
+    """Copy the files into models/ and input/ of a base directory; they are the caller's there."""
+    shutil.copytree(_made(), base, dirs_exist_ok=True)
+
+
+@cache
+def _made() -> Path:
+    target = _CACHE / f"tiny-{_fingerprint()}"
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    with (_CACHE / "tiny.lock").open("w") as lock:  # pytest-xdist's workers
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=_CACHE) as name:
+                _write(Path(name) / "ready")
+                os.rename(Path(name) / "ready", target)
+    return target
+
+
+def _fingerprint() -> str:
+    """Changes with whatever decides about the files' bytes."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for source in (component_files, flux_files, lora_files):
+        digest.update(inspect.getsource(source).encode())
+    digest.update(Path(__file__).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _write(base: Path) -> None:
+    for name, tensors in _contents().items():
+        path = base / "models" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
+    (base / "input").mkdir()
+    _picture(0, 256, 256).save(base / "input" / PICTURE)
+    _picture(1, 192, 256).save(base / "input" / PICTURE_OTHER)
+
+
+def _contents() -> Files:
+    weights = flux_files.random_weights(FLUX_SIZES, seed=0)
+    clip = component_files.store(component_files.random_weights(CLIP_SIZES.shapes(), seed=1), "F16")
+    t5 = component_files.store(component_files.random_weights(T5_SIZES.shapes(), seed=2), "F16")
+    vae = component_files.random_weights(VAE_SIZES.shapes(), seed=3)
+    parts = {
+        "model.diffusion_model.": weights,
+        "text_encoders.clip_l.transformer.": clip,
+        "text_encoders.t5xxl.transformer.": t5,
+        "vae.": vae,
+    }
+    whole = {
+        f"{prefix}{key}": tensor for prefix, part in parts.items() for key, tensor in part.items()
+    }
+    return {
+        f"diffusion_models/{DIFFUSION_MODEL}": weights,
+        f"diffusion_models/{DIFFUSION_MODEL_BF16}": flux_files.store(weights, "BF16"),
+        f"diffusion_models/{DIFFUSION_MODEL_OTHER}": flux_files.random_weights(FLUX_SIZES, seed=4),
+        f"text_encoders/{CLIP_L}": clip,
+        f"text_encoders/{T5XXL}": t5,
+        f"vae/{AUTOENCODER}": vae,
+        f"loras/{LORA}": lora_files.kohya(FLUX_SIZES, seed=5),
+        f"loras/{LORA_OTHER}": lora_files.kohya(FLUX_SIZES, seed=6),
+        f"checkpoints/{CHECKPOINT}": whole,
+    }
+
+
+def _picture(seed: int, width: int, height: int) -> Image.Image:
+    """Soft colours that no symmetry maps to themselves."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
