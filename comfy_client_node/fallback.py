@@ -22,12 +22,22 @@ _KEY = "xdit_sidecar"
 def tell(node: str | None, text: str) -> None:
     """A warning in the log and on the node."""
     _log.warning("xDiT: %s", text)
+    _show(node, f"⚠ {text}")
+
+
+def say(node: str | None, text: str) -> None:
+    """A word on the node and in the log."""
+    _log.info("xDiT: %s", text)
+    _show(node, text)
+
+
+def _show(node: str | None, text: str) -> None:
     if node is None:
         return
     from server import PromptServer
 
     if (server := getattr(PromptServer, "instance", None)) is not None:
-        server.send_progress_text(f"⚠ {text}", node)
+        server.send_progress_text(text, node)
 
 
 def install_check(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from ..protocol import messages as m
 from ..protocol.client.attachment import Attachment
+from ..protocol.client.remote import OnStep
 from ..protocol.component_file import ComponentFile, hand_over_file
 from ..protocol.errors import MissingComponent, RankLost, SidecarError, UnsupportedModel
 from ..protocol.safetensors_file import SafetensorsFile
@@ -33,7 +34,11 @@ _FORWARD_SECONDS = 600.0
 _RECOVERY_SECONDS = 120.0
 _CHECKPOINT = "model.diffusion_model."  # what the names begin with in whole checkpoints
 _NODE = "XDiT UNet Loader"
-_COMPUTE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_COMPUTE: dict[torch.dtype, m.ComputeDtype] = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 
 class WeightlessModel(RuntimeError):
@@ -68,7 +73,7 @@ class RemoteTransformer(torch.nn.Module):
         self._path = path
         self._prefix = prefix
         self._shapes = dict(shapes)
-        self._degrees = degrees
+        self.degrees = degrees
         self._held: dict[str, Attachment] = {}  # by device
         self._loras = LoraComponents(link)
 
@@ -162,52 +167,83 @@ class RemoteTransformer(torch.nn.Module):
         for number, reference in enumerate(ref_latents or []):
             tensors[f"ref_latents.{number}"] = reference
         method = others.get("ref_latents_method", "offset")
-        return self._ask(tensors, method, _COMPUTE[x.dtype]).to(x.device)
-
-    def _ask(self, tensors: dict[str, torch.Tensor], method: str, compute: str) -> torch.Tensor:
-        """The answer of the ranks; once more if they, or the daemon, were started anew."""
-        recovered: set[str] = set()
-        while True:
-            try:
-                return self._link.remote.run(
-                    self._make_job(method, compute),
-                    tensors,
-                    timeout=_FORWARD_SECONDS,
-                    should_cancel=stop_if_interrupted,
-                )["output"]
-            except (MissingComponent, RankLost) as error:
-                if error.code in recovered:
-                    raise RuntimeError(explain(error)) from None
-                recovered.add(error.code)
-                _log.warning("xDiT: %s; trying once more", error)
-                self._recover(error)
-            except SidecarError as error:
-                raise RuntimeError(explain(error)) from None
-
-    def _recover(self, error: SidecarError) -> None:
-        try:
-            if isinstance(error, RankLost):
-                self._link.remote.wait_until_ready(timeout=_RECOVERY_SECONDS)
-            else:
-                self.hand_over()
-                self._loras.forget()
-        except SidecarError as failure:
-            raise RuntimeError(explain(failure)) from None
-
-    def _make_job(self, method: Any, compute: Any) -> m.Forward:
-        if not self._held:
-            self.hand_over()
+        compute = _COMPUTE[x.dtype]
         owner = self.owner() if self.owner is not None else None
         patcher = getattr(owner, "current_patcher", None)
+
+        def make_job() -> m.Forward:
+            return m.Forward(
+                components=self.components(),
+                tensors=[],
+                compute=compute,
+                degrees=self.degrees,
+                adapters=self.adapters(patcher),
+                ref_latents_method=method,
+            )
+
+        return run_on_ranks(self, make_job, tensors)["output"].to(x.device)
+
+    # --- what a job is made of
+
+    def components(self) -> dict[str, str]:
+        """The transformer's, for a job; handed over now if it is not any more."""
+        if not self._held:
+            self.hand_over()
         held = next(iter(self._held.values()))
-        return m.Forward(
-            components={_ROLE: held.component.fingerprint},
-            tensors=[],
-            compute=compute,
-            degrees=self._degrees,
-            adapters=self._loras.of(patcher, list(self._held)) if patcher is not None else [],
-            ref_latents_method=method,
-        )
+        return {_ROLE: held.component.fingerprint}
+
+    def adapters(self, patcher: Any) -> list[m.Adapter]:
+        """The LoRAs of a ModelPatcher of this model. Raises CannotBeRemote for other patches."""
+        return [] if patcher is None else self._loras.of(patcher, list(self._held))
+
+    def run(self, job: m.Job, tensors: dict[str, torch.Tensor], **options: Any) -> Any:
+        """One try. Raises SidecarError."""
+        return self._link.remote.run(job, tensors, should_cancel=stop_if_interrupted, **options)
+
+    def recover(self, error: SidecarError) -> None:
+        """Have what ``error`` was about in place again. Raises SidecarError."""
+        if isinstance(error, RankLost):
+            self._link.remote.wait_until_ready(timeout=_RECOVERY_SECONDS)
+        else:
+            self.hand_over()
+            self._loras.forget()
+
+
+def run_on_ranks(
+    transformer: RemoteTransformer,
+    make_job: Callable[[], m.Job],
+    tensors: dict[str, torch.Tensor],
+    *,
+    timeout: float = _FORWARD_SECONDS,
+    on_step: OnStep | None = None,
+) -> dict[str, torch.Tensor]:
+    """Outputs of a job; it is tried once more if the ranks, or the daemon, were started anew.
+
+    Raises RuntimeError for people at the node.
+    """
+    recovered: set[str] = set()
+    while True:
+        try:
+            outputs: dict[str, torch.Tensor] = transformer.run(
+                make_job(), tensors, timeout=timeout, on_step=on_step
+            )
+            return outputs
+        except SidecarError as error:
+            if not isinstance(error, MissingComponent | RankLost) or error.code in recovered:
+                raise RuntimeError(explain(error)) from None
+            recovered.add(error.code)
+            _log.warning("xDiT: %s; trying once more", error)
+            failure = _recover(transformer, error)
+        if failure is not None:
+            raise RuntimeError(failure)
+
+
+def _recover(transformer: RemoteTransformer, error: SidecarError) -> str | None:
+    try:
+        transformer.recover(error)
+    except SidecarError as failure:
+        return explain(failure)
+    return None
 
 
 class _Progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import comfy.utils
@@ -99,6 +99,18 @@ def read_shapes(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
             for spec, _ in file.tensors
             if spec.name.startswith(prefix)
         }
+
+
+def first_prefix(path: Path, prefixes: Sequence[str], what: str) -> str:
+    """The first of ``prefixes`` that names in the file begin with. Raises UnsupportedModel."""
+    with SafetensorsFile.open(path) as file:
+        for prefix in prefixes:
+            if any(spec.name.startswith(prefix) for spec, _ in file.tensors):
+                return prefix
+    raise UnsupportedModel(
+        f"{path.name!r} has no {what} (no tensor's name begins with {' or '.join(prefixes)}): load "
+        "that part from a file of its own"
+    )
 
 
 def share_file(

@@ -46,10 +46,10 @@ class Pipeline:
     flux: Flux = field(
         default=Flux(heads=4, double=1, single=2, context=48, pooled=64, channels=64, inputs=64)
     )
-    vae: SmallVae = SmallVae()
+    vae: SmallVae = field(default_factory=SmallVae)
     # ComfyUI's code has CLIP-L's vocabulary built in.
-    clip: Clip = Clip(layers=1)
-    t5: T5 = T5(layers=1)
+    clip: Clip = field(default_factory=lambda: Clip(layers=1))
+    t5: T5 = field(default_factory=lambda: T5(layers=1))
 
     @property
     def schnell(self) -> Pipeline:

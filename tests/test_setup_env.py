@@ -163,3 +163,8 @@ def test_driver_question_is_answered(setup_env: ModuleType) -> None:
 def test_versions_are_read_from_one_file(setup_env: ModuleType) -> None:
     versions = setup_env.tested_versions()
     assert {"torch", "setuptools", "pytest"} <= set(versions)
+
+
+def test_every_extra_is_installed(setup_env: ModuleType) -> None:
+    described = project.pyproject()["project"]["optional-dependencies"]
+    assert sorted(setup_env.EXTRAS) == sorted(described)

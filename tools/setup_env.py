@@ -33,6 +33,7 @@ STAMP = VENV / "set-up-for"
 OLDEST_PYTHON = (3, 11)
 TORCH_INDEX = "https://download.pytorch.org/whl"
 CUDA_BUILDS = ("13.2", "13.0", "12.9", "12.8", "12.6", "12.4")  # newest first
+EXTRAS = ("daemon", "test", "comfyui", "dev")  # of pyproject.toml; all of them
 PROBE_TIMEOUT = 3.0  # seconds; an unreachable index must not hold up an offline machine
 
 
@@ -197,7 +198,8 @@ def set_up() -> None:
     pip_install(*torch_arguments(driver, versions["torch"]))
     say("installing xdit-sidecar and what its tests need")
     extra = [] if has_compiler() else ["ziglang"]
-    pip_install("--no-build-isolation", "-c", constraints, *extra, "-e", ".[daemon,test,dev]")
+    package = f".[{','.join(EXTRAS)}]"
+    pip_install("--no-build-isolation", "-c", constraints, *extra, "-e", package)
     check_torch(driver)
     STAMP.write_text(wanted)
     say("done")

@@ -35,8 +35,6 @@ from . import events as e
 from .admission import choose_crowd, choose_victims, explain_refusal
 from .copy import Copy
 
-_PROBE = "nonce:"  # fingerprints of regions that are filled to be probed, never committed
-
 
 class Catalog:
     """Give events to :meth:`handle`, carry out the instructions that it returns.
@@ -141,9 +139,8 @@ class Catalog:
             case e.KeeperLost(device):
                 yield from self._keeper_lost(device)
             case e.RoomWanted(device, keep):
-                for copy in list(self._evictable(device)):
-                    if copy.region not in keep:
-                        yield from self._drop(copy, "memory")
+                for copy in [c for c in self._evictable(device) if c.region not in keep]:
+                    yield from self._drop(copy, "memory")
             case e.Ticked():
                 yield from self._evict_idle(now)
 
@@ -154,8 +151,7 @@ class Catalog:
         try:
             self._check_device(key.device)
             check_manifest(event.component.tensors)
-            if self.leases_of(asker.session) >= limits.LEASES_PER_SESSION:
-                raise Busy(f"this session holds {limits.LEASES_PER_SESSION} leases: release some")
+            self._check_leases(asker)
             if (copy := self._current.get(key)) is not None:
                 if copy.component.tensors != event.component.tensors:
                     raise ManifestMismatch(
@@ -196,11 +192,11 @@ class Catalog:
         nbytes = region_bytes(component.tensors)
         budget = self.budgets[key.device] or 0
         missing = self.used(key.device) + nbytes - budget
-        if key.fingerprint.startswith(_PROBE):
+        if key.is_probe:
             # A health-check must work on a full device and evict nothing: it gets a little more.
             victims: list[Copy] | None = [] if missing <= limits.PROBE_ROOM else None
         else:
-            victims = self._victims(key.device, missing)
+            victims = choose_victims(self._evictable(key.device), missing)
         if victims is None:
             error = self._no_memory(component, nbytes, key.device, budget - self.used(key.device))
             for waiting in [asker, *(waiters or [])]:
@@ -239,9 +235,9 @@ class Catalog:
             if other.key.device == device and other.state == "freeing"
         )
         victims = None
-        is_probe = copy.key.fingerprint.startswith(_PROBE)
+        is_probe = copy.key.is_probe
         if copy.askers and not copy.retried and error is None and not is_probe:
-            victims = self._victims(device, copy.nbytes - free - coming)
+            victims = choose_victims(self._evictable(device), copy.nbytes - free - coming)
         if victims is not None and (victims or coming):
             copy.retried = True
             for victim in victims:
@@ -272,7 +268,7 @@ class Catalog:
             )
         elif copy.filler != asker.session or copy.state != "filling":
             yield e.Refuse(asker, UnknownComponent("this session fills no such region"))
-        elif copy.key.fingerprint.startswith(_PROBE):
+        elif copy.key.is_probe:
             yield e.Refuse(
                 asker,
                 BadMessage(
@@ -342,16 +338,13 @@ class Catalog:
     def _attach(self, now: float, asker: e.Asker, key: e.Key) -> Iterator[e.Instruction]:
         try:
             self._check_device(key.device)
+            self._check_leases(asker)
         except SidecarError as error:
             yield e.Refuse(asker, error)
             return
         copy = self._current.get(key)
         if copy is None:
             yield e.Refuse(asker, UnknownComponent("no such component is resident on this device"))
-        elif self.leases_of(asker.session) >= limits.LEASES_PER_SESSION:
-            yield e.Refuse(
-                asker, Busy(f"this session holds {limits.LEASES_PER_SESSION} leases: release some")
-            )
         elif copy.state == "resident":
             yield self._lease(now, copy, asker)
         else:
@@ -448,9 +441,6 @@ class Catalog:
             if wanted and copy.state == "resident" and not copy.leases:
                 yield copy
 
-    def _victims(self, device: str, missing: int) -> list[Copy] | None:
-        return choose_victims(self._evictable(device), missing)
-
     def _drop(
         self, copy: Copy, reason: str, confirm: e.Asker | None = None
     ) -> Iterator[e.Instruction]:
@@ -509,6 +499,10 @@ class Catalog:
             raise DeviceUnavailable(
                 f"the keeper of {device} is not ready: `xdit-sidecar status` shows why"
             )
+
+    def _check_leases(self, asker: e.Asker) -> None:
+        if self.leases_of(asker.session) >= limits.LEASES_PER_SESSION:
+            raise Busy(f"this session holds {limits.LEASES_PER_SESSION} leases: release some")
 
     def _no_memory(self, component: Component, nbytes: int, device: str, free: int) -> SidecarError:
         return explain_refusal(component, nbytes, device, free, self.copies.values())

@@ -20,6 +20,11 @@ class Key(NamedTuple):
     fingerprint: str
     device: str
 
+    @property
+    def is_probe(self) -> bool:
+        """Of a region that is filled to be probed, and never committed."""
+        return self.fingerprint.startswith("nonce:")
+
 
 class Asker(NamedTuple):
     """A request that waits for an answer."""

@@ -22,6 +22,7 @@ from ...protocol.errors import (
     RankLost,
     SidecarError,
 )
+from ..models.sources import name_source
 from . import events as e
 from .copy import Copy
 from .jobs import Frame, JobRecord, Jobs
@@ -285,8 +286,7 @@ class JobService:
             if copy is not None:
                 return copy
         raise MissingComponent(
-            f"the {role} of this job is not resident on {device}: hand it over with its loader "
-            "node in ComfyUI, or with `xdit-sidecar load FILE`"
+            f"the {role} of this job is not resident on {device}: {name_source(role)}"
         )
 
     async def _export(self, link: RankLink, copy: Copy) -> m.OpenedRegion:

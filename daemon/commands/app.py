@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Keeps xDiT ranks and shared model components resident on the GPUs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # or what stands in [brackets] would be taken for a style
 )
 app.command("serve")(serve_command)
 app.command("status")(status_command)
@@ -52,7 +53,7 @@ def _common(
 def run(arguments: list[str]) -> int:
     """Run one command. Known errors become one line on standard error and an exit status."""
     try:
-        app(arguments)
+        app(arguments, prog_name="xdit-sidecar")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else exit_status.FAILED
     except (SettingsError, NoDevice) as error:

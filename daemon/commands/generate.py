@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json as jsons
-import os
 import secrets
 import time
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -17,7 +18,7 @@ from rich.progress import Progress
 from ...protocol import messages as m
 from ...protocol.client.client import Client
 from ...protocol.client.remote import RemoteRanks
-from ...protocol.errors import BadFile, BadJob, MissingComponent
+from ...protocol.errors import BadFile, BadJob, MissingComponent, RanksUnavailable
 from ..models.parts import CLIP_L, LORA, T5, TRANSFORMER, VAE
 from ..tokenizers import Tokenizers
 from .console import make_console
@@ -64,6 +65,14 @@ def parse_degrees(text: str) -> m.Degrees:
     return m.Degrees(**degrees)
 
 
+def parse_compute(text: str) -> m.ComputeDtype:
+    """The dtype that "bf16" means. Raises typer.BadParameter."""
+    match text.upper():
+        case "F32" | "F16" | "BF16" as dtype:
+            return dtype
+    raise typer.BadParameter(f"{text!r} is no dtype to compute in; use F32, F16 or BF16")
+
+
 def generate_command(
     prompt: Annotated[str, typer.Option(help="What the picture shows.")],
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where the picture goes.")],
@@ -72,7 +81,7 @@ def generate_command(
         typer.Option(
             metavar="FILE",
             help="Transformer, VAE, CLIP-L and T5, each in a file of its own or together; once for "
-            "each file. [default: what is resident]",
+            "each file; of two for one part the later counts. [default: what is resident]",
             show_default=False,
         ),
     ] = None,
@@ -102,7 +111,13 @@ def generate_command(
         typer.Option(parser=parse_lora, metavar="FILE[:STRENGTH]", help="May be given repeatedly."),
     ] = None,
     compute: Annotated[
-        str | None, typer.Option(metavar="F32|F16|BF16", help="[default: BF16 on GPUs, else F32]")
+        m.ComputeDtype | None,
+        typer.Option(
+            parser=parse_compute,
+            metavar="F32|F16|BF16",
+            help="[default: BF16 on GPUs, else F32]",
+            show_default=False,
+        ),
     ] = None,
     parallel: Annotated[
         m.Degrees | None,
@@ -119,6 +134,7 @@ def generate_command(
 
     Exit status: 0 it is saved, 1 it is not, 2 wrong usage, 3 no daemon.
     """
+    _check_names(sampler, scheduler)
     _check_writable(out)
     if tokenizers is None:
         raise typer.BadParameter(
@@ -130,6 +146,7 @@ def generate_command(
     seed = secrets.randbelow(_LARGEST_SEED) if seed is None else seed
     tokens = _tokenize(Tokenizers.open(tokenizers), prompt, negative if cfg != 1 else None)
     with Client(runtime_dir, name="generate") as client:
+        _check_ranks(client.status(), parallel)
         remote = RemoteRanks(client)
         devices = work_devices(client)
         held: list[Resident] = []
@@ -144,7 +161,7 @@ def generate_command(
         job = m.Generate(
             components=_complete(client, components),
             tensors=[],
-            compute=_compute(compute, devices),
+            compute=compute or ("F32" if devices == ["cpu"] else "BF16"),
             degrees=parallel,
             adapters=_adapters(loras),
             width=size.width,
@@ -160,7 +177,11 @@ def generate_command(
         image = _run(remote, job, tokens, console)
         for found in [*held, *(found for found, _ in loras)]:
             found.attachment.release()
-    about = {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance, "cfg": cfg}
+    about = {
+        **{"prompt": prompt, "negative": negative, "seed": seed, "steps": steps, "cfg": cfg},
+        **{"guidance": guidance, "sampler": sampler, "scheduler": scheduler},
+        "loras": [[wanted.path.name, wanted.strength] for wanted in lora or []],
+    }
     _save(image, out, about)
     console.print(
         f"{out}: {size.width} x {size.height}, seed {seed}, {time.monotonic() - began:.1f} s",
@@ -214,21 +235,52 @@ def _adapters(loras: list[tuple[Resident, float]]) -> list[m.Adapter]:
     return [m.Adapter(fingerprint, strength) for fingerprint, strength in strengths.items()]
 
 
-def _compute(wanted: str | None, devices: list[str]) -> m.ComputeDtype:
-    match (wanted or "").upper():
-        case "":
-            return "F32" if devices == ["cpu"] else "BF16"
-        case "F32" | "F16" | "BF16" as dtype:
-            return dtype
-    raise typer.BadParameter(f"--compute {wanted}: use F32, F16 or BF16")
+# What can be told before anything is loaded, is.
+
+
+def _check_names(sampler: str, scheduler: str) -> None:
+    from ..ranks.sampling.samplers import SAMPLERS
+    from ..ranks.sampling.schedule import SCHEDULERS
+
+    for option, name, known in (
+        ("--sampler", sampler, SAMPLERS),
+        ("--scheduler", scheduler, SCHEDULERS),
+    ):
+        if name not in known:
+            raise typer.BadParameter(f"{option} {name}: use one of {', '.join(known)}")
+
+
+def _check_ranks(status: m.Status, degrees: m.Degrees | None) -> None:
+    if status.group is None:
+        raise RanksUnavailable(
+            "this daemon has no ranks: start it with `xdit-sidecar serve --ranks N`"
+        )
+    if status.group.state == "degraded":
+        raise RanksUnavailable(f"the ranks were given up: {status.group.error}")
+    ranks = len(status.ranks)
+    if degrees is not None and prod(msgspec.structs.astuple(degrees)) != ranks:
+        raise typer.BadParameter(
+            f"--parallel: the product of the degrees must be {ranks}, the ranks"
+        )
 
 
 def _check_writable(out: Path) -> None:
-    """Sooner told than after minutes of work."""
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"--out {out}: pictures are saved as .png")
-    if not os.access(out.parent, os.W_OK):
-        raise BadFile(f"cannot write to {str(out.parent)!r}: choose another place with --out")
+    if out.is_dir():
+        raise BadFile(f"cannot write {str(out)!r}: it is a folder; choose another name with --out")
+    try:
+        _unfinished(out).touch()
+        _unfinished(out).unlink()
+    except OSError as error:
+        raise BadFile(
+            f"cannot write to {str(out.parent)!r}: {error.strerror}; choose another place with "
+            "--out"
+        ) from None
+
+
+def _unfinished(out: Path) -> Path:
+    return out.with_name(f".{out.name}.part")
 
 
 def _save(image: torch.Tensor, out: Path, about: Mapping[str, object]) -> None:
@@ -242,7 +294,7 @@ def _save(image: torch.Tensor, out: Path, about: Mapping[str, object]) -> None:
     data = bytes((image[0].clamp(0, 1) * 255).round().byte().flatten().tolist())
     info = PngInfo()
     info.add_text("xdit-sidecar", jsons.dumps(about))
-    part = out.with_name(f".{out.name}.part")
+    part = _unfinished(out)
     try:
         Image.frombytes("RGB", (width, height), data).save(part, format="PNG", pnginfo=info)
         part.replace(out)

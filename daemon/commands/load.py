@@ -9,14 +9,17 @@ from typing import Annotated
 import msgspec
 import typer
 
+from ...protocol import messages as m
 from ...protocol.client.client import Client
-from ...protocol.errors import SidecarError, UnknownComponent
+from ...protocol.errors import InUse, SidecarError, UnknownComponent
 from ...protocol.health.units import human_bytes
 from ..models.parts import CLIP_L, LORA, T5, TRANSFORMER, VAE
 from . import exit_status
 from .console import make_console
 from .options import Json, RuntimeDir
 from .residence import make_resident, work_devices
+
+_LEAST_DIGITS = 6  # of a fingerprint
 
 
 class Role(StrEnum):
@@ -63,7 +66,7 @@ def load_command(
     loaded = []
     try:
         with Client(runtime_dir, name="load") as client:
-            devices = device or work_devices(client)
+            devices = _check_served(client, device) if device else work_devices(client)
             for found in make_resident(client, file, devices, role=role, console=console):
                 with found.attachment as held:
                     part = LoadedPart(
@@ -114,14 +117,19 @@ def unload_command(
         raise typer.BadParameter("name what to unload, or give --all")
     console = make_console()
     with Client(runtime_dir, name="unload") as client:
-        resident = [c for c in client.status().components if c.state == "resident"]
+        status = client.status()
+        resident = [c for c in status.components if c.state == "resident"]
         chosen = [c for c in resident if not c.sessions] if everything else []
         for name in names or []:
             matching = [c for c in resident if _is_meant(name, c.label, c.role, c.fingerprint)]
             if not matching:
                 shown = ", ".join(sorted({c.label for c in resident})) or "nothing"
-                raise UnknownComponent(f"no resident component is called {name!r}: {shown} is")
+                raise UnknownComponent(
+                    f"no resident component is called {name!r}; resident: {shown}"
+                )
             chosen += matching
+        for component in chosen:
+            _check_unused(component, status.sessions)
         for component in {(c.fingerprint, c.device): c for c in chosen}.values():
             client.evict(component.fingerprint, component.device)
             console.print(
@@ -134,6 +142,29 @@ def unload_command(
             console.print("nothing that is resident is unused")
 
 
+def _check_served(client: Client, devices: list[str]) -> list[str]:
+    served = [device.device for device in client.status().devices]
+    for device in devices:
+        if device not in served:
+            raise typer.BadParameter(
+                f"--device {device}: the daemon does not serve it; it serves {', '.join(served)}"
+            )
+    return devices
+
+
+def _check_unused(component: m.ComponentStatus, sessions: list[m.SessionStatus]) -> None:
+    """Raise InUse with the names of those who lease it, before anything is freed."""
+    users = [s for s in sessions if s.session in component.sessions]
+    if users:
+        names = ", ".join(f"{s.hello.host or s.hello.name} (pid {s.pid})" for s in users)
+        raise InUse(
+            f"{component.label} on {component.device} is used by {names}: close them or let them "
+            "drop the model, then unload it"
+        )
+
+
 def _is_meant(name: str, label: str, role: str, fingerprint: str) -> bool:
     digest = fingerprint.partition(":")[2]
-    return name in (label, role, fingerprint) or (len(name) >= 6 and digest.startswith(name))
+    # As `status` shows it, or its digits alone.
+    begun = len(name) >= _LEAST_DIGITS and (digest.startswith(name) or fingerprint.startswith(name))
+    return name in (label, role) or begun

@@ -26,7 +26,7 @@ from .other_models import recognise_component, recognise_diffusion_model
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _SCALE_DTYPES = ("F32", "F16", "BF16")
-_CHECKPOINT_PREFIX = "model.diffusion_model."
+CHECKPOINT_PREFIX = "model.diffusion_model."
 _BLOCK = re.compile(r"(double|single)_blocks\.([0-9]{1,5})\.")
 _SUPPORTED = (
     "supported are FLUX.1 transformers (dev, schnell, Kontext, Fill, Canny, Depth) in the layout "
@@ -60,8 +60,8 @@ class _Detection:
     def __init__(self, tensors: list[TensorSpec], label: str) -> None:
         shown = repr(label)
         self.label = shown if len(shown) <= 160 else f"{shown[:100]}…{shown[-50:]}"
-        whole = any(tensor.name.startswith(_CHECKPOINT_PREFIX) for tensor in tensors)
-        self.prefix = _CHECKPOINT_PREFIX if whole else ""
+        whole = any(tensor.name.startswith(CHECKPOINT_PREFIX) for tensor in tensors)
+        self.prefix = CHECKPOINT_PREFIX if whole else ""
         self.original = [t.name for t in tensors]
         self.tensors: dict[str, TensorSpec] = {}
         for tensor in tensors:

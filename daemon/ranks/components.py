@@ -14,6 +14,7 @@ from ...protocol.messages import Component, RegionGrant
 from ...protocol.regions.base import MappingBytes
 from ...protocol.regions.table import process_regions
 from ...protocol.regions.views import view_tensors
+from ..models.sources import name_source
 
 Built = TypeVar("Built")
 
@@ -84,8 +85,7 @@ class OpenComponents:
         found = self._open.get(region or "")
         if found is None:
             raise MissingComponent(
-                f"this job needs a {role}: hand it over with its loader node in ComfyUI, or with "
-                "`xdit-sidecar load FILE`, and name it in the job"
+                f"this job names no {role}, and needs one: {name_source(role)}, and name it"
             )
         return found
 

@@ -29,7 +29,7 @@ class TextEncoding:
         return self._t5(t5).encode(t5_ids), pooled
 
     def _clip(self, region: str | None) -> ClipEncoder:
-        component = self._components.find(region, "clip_l text encoder")
+        component = self._components.find(region, "clip_l")
 
         def build() -> ClipEncoder:
             config = detect_clip(component.component.tensors, component.component.label)
@@ -38,7 +38,7 @@ class TextEncoding:
         return component.build("clip", build)
 
     def _t5(self, region: str | None) -> T5Encoder:
-        component = self._components.find(region, "t5 text encoder")
+        component = self._components.find(region, "t5")
 
         def build() -> T5Encoder:
             config = detect_t5(component.component.tensors, component.component.label)

@@ -1,8 +1,8 @@
 """A real ComfyUI server for tests: its main.py in a process of its own, on the loopback interface.
 
-    with ComfyServer(tmp_path / "base", packs={"xdit_sidecar": clone()}) as server:
-        entry = server.run(workflows.text_to_image(save="first"))
-        latent = server.tensors("first")["samples"]
+with ComfyServer(tmp_path / "base", packs={"xdit_sidecar": clone()}) as server:
+    entry = server.run(workflows.text_to_image(save="first"))
+    latent = server.tensors("first")["samples"]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,7 @@ PROMPT_SECONDS = 60.0
 REQUEST_SECONDS = 30.0
 ATTEMPTS = 3  # at a port; another process may take it between the question and its use
 LOG_TAIL = 60  # lines shown when something fails
+NO_ANSWER = (OSError, http.client.HTTPException)
 
 Workflow = dict[str, dict[str, Any]]
 
@@ -97,7 +99,7 @@ class ComfyServer:
         (self._checkout / "extra_model_paths.yaml").unlink(missing_ok=True)
 
     def start(self) -> ComfyServer:
-        """Start it (again) and wait until it answers; AssertionError with its log if it does not."""
+        """Start it (again) and wait until it answers; AssertionError with its log otherwise."""
         for _ in range(ATTEMPTS):
             self.port = _free_port()
             known = len(self.log)
@@ -107,11 +109,14 @@ class ComfyServer:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    cwd=self.base,
                     env=self._environment,
                 )
-            if self._wait_until_up():
-                return self
+            try:
+                if self._wait_until_up():
+                    return self
+            except BaseException:
+                self.kill()
+                raise
             if "address already in use" not in self.log[known:]:
                 break
         raise AssertionError(f"ComfyUI did not start:\n{self._log_tail()}")
@@ -132,16 +137,20 @@ class ComfyServer:
         assert self.process is not None
         deadline = time.monotonic() + START_SECONDS
         while self.process.poll() is None:
-            try:
-                if str(self.base) in self.get("/system_stats")["system"]["argv"]:
-                    return True
-                self.kill()  # somebody else's server has this port
-            except OSError:
-                pass
+            if self._answers():
+                return True
             if time.monotonic() > deadline:
                 self.kill()
             time.sleep(0.05)
         return False
+
+    def _answers(self) -> bool:
+        try:
+            status, answer = self.request("GET", "/system_stats")
+        except NO_ANSWER:
+            return False
+        # Somebody else's server may have taken the port; ours then ends by itself.
+        return status == 200 and str(self.base) in answer["system"]["argv"]
 
     @property
     def url(self) -> str:
@@ -215,7 +224,7 @@ class ComfyServer:
         while True:
             try:
                 entry = self.get(f"/history/{prompt_id}").get(prompt_id)
-            except OSError as error:
+            except NO_ANSWER as error:
                 if self.process.poll() is None:
                     self.process.wait(STOP_SECONDS)
                 raise AssertionError(
@@ -269,7 +278,7 @@ class ComfyServer:
         """End it as Ctrl-C does, or else with SIGKILL; its exit status."""
         assert self.process is not None
         if self.process.poll() is None:
-            self.process.send_signal(2)
+            self.process.send_signal(signal.SIGINT)
             try:
                 return self.process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:

@@ -13,6 +13,7 @@ from ....protocol import messages as m
 from ....protocol.manifest import DTYPE_BYTES
 from ...models.flux_config import FluxConfig
 from ..denoiser import Conditioning, DenoiserOptions
+from ..dtypes import DTYPES
 from ..frames import check_frame
 from ..sampling.latent_format import to_vae
 from ..sampling.noise import seeded_noise
@@ -139,7 +140,9 @@ class PictureRun:
     def _guidance(self, rows: int) -> Tensor | None:
         if not self._config.guidance:
             return None
-        return torch.full((rows,), self._job.guidance, device=self._engines.group.device)
+        # In the compute dtype, as ComfyUI hands it over: see `to_inputs`.
+        dtype, device = DTYPES[self._job.compute], self._engines.group.device
+        return torch.full((rows,), self._job.guidance, dtype=dtype, device=device)
 
     def _velocity(self, x: Tensor, sigma: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         denoiser = self._engines.denoiser

@@ -1,4 +1,4 @@
-"""TEST ONLY, a custom node pack: ComfyUI's stock loaders accept tiny FLUX.1 files; nodes that report.
+"""TEST ONLY, a custom node pack: stock loaders accept tiny FLUX.1 files, and nodes that report.
 
 Nothing here may know of this project: what tests compare with it must be ComfyUI's own result.
 """

@@ -1,4 +1,4 @@
-"""A route that tells what ComfyUI itself does not: when ``/free`` is done, which models are loaded."""
+"""A route that tells what ComfyUI does not: when ``/free`` is done, which models are loaded."""
 
 from __future__ import annotations
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-_RANKS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(_RANKS), str(_RANKS / "components"), str(_RANKS / "sampling")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "components"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sampling"))
 import comfy_components
 import comfy_process
 import comfy_sampling

@@ -147,9 +147,7 @@ def test_batches(drawer: Drawer, files: PipelineFiles, prompt: Inputs) -> None:
     assert_close(found["latent"], files.draw(files.encode_text(two), noise_of(5, batch=2)))
 
 
-def test_models_without_guidance(
-    scene: RanksScene, files: PipelineFiles, prompt: Inputs
-) -> None:
+def test_models_without_guidance(scene: RanksScene, files: PipelineFiles, prompt: Inputs) -> None:
     schnell = TINY.schnell.write(files.paths["vae"].parent, "schnell")
     with scene.daemon.client("schnell") as client, drawing(client, schnell) as other:
         found = other.draw(ids_of(), seed=5, decode=False)["latent"]
@@ -236,9 +234,7 @@ def test_forwards_are_served_between_steps(drawer: Drawer, scene: RanksScene) ->
         assert between[-1] < 30, "the forwards waited for the whole picture"
 
 
-def test_the_same_weights_in_another_compute_dtype(
-    drawer: Drawer, prompt: Inputs
-) -> None:
+def test_the_same_weights_in_another_compute_dtype(drawer: Drawer, prompt: Inputs) -> None:
     # Views of the same weights, computed in bf16: near, and not the same.
     exact = drawer.draw(prompt, seed=7)["image"]
     rough = drawer.draw(prompt, seed=7, compute="BF16")["image"]

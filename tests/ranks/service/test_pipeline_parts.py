@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import project
 import pytest
 import torch
 from flux_inputs import Inputs
 from picture_scene import (
     EXACT,
+    ROLES,
     STEPS,
     TINY,
     Drawer,
@@ -20,10 +22,12 @@ from picture_scene import (
     noise_of,
 )
 from ranks_scene import RanksScene, some_inputs
+from xdit_sidecar.daemon.models.sources import NODES
 from xdit_sidecar.daemon.ranks.sampling.noise import seeded_noise
 from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.errors import BadJob, MissingComponent, TooLarge, UnsupportedModel
 
+NODE_FOLDER = "comfy_client_node/nodes"
 LOAD = "`xdit-sidecar load FILE`"
 
 
@@ -96,37 +100,44 @@ def test_a_picture_in_two_jobs(drawer: Drawer) -> None:
 # --- what is missing
 
 
-@pytest.mark.parametrize(
-    ("role", "named"),
-    [("transformer", "transformer"), ("vae", "vae"), ("clip_l", "clip_l text"), ("t5", "t5 text")],
-)
-def test_a_part_that_the_job_does_not_name(drawer: Drawer, role: str, named: str) -> None:
+@pytest.mark.parametrize("role", ROLES)
+def test_a_part_that_the_job_does_not_name(drawer: Drawer, role: str) -> None:
     with pytest.raises(MissingComponent) as caught:
         drawer.draw(ids_of(), role)
     text = str(caught.value)
-    assert f"needs a {named}" in text
-    assert "its loader node in ComfyUI" in text
+    assert f"this job names no {role}, and needs one: hand it over with the node" in text
+    assert NODES[role] in text
     assert LOAD in text
 
 
-@pytest.mark.parametrize("role", ["transformer", "vae", "clip_l", "t5"])
+def test_the_nodes_that_are_named_exist() -> None:
+    sources = "".join(path.read_text() for path in (project.ROOT / NODE_FOLDER).glob("*.py"))
+    for node in NODES.values():
+        assert f'display_name="{node}"' in sources
+
+
+@pytest.mark.parametrize("role", ROLES)
 def test_a_part_that_is_not_resident(drawer: Drawer, role: str) -> None:
     absent = {**drawer.components, role: "file:" + "0" * 64}
-    with pytest.raises(MissingComponent, match=f"the {role} of this job is not resident on cpu"):
+    with pytest.raises(MissingComponent) as caught:
         drawer.draw(ids_of(), components=absent)
+    text = str(caught.value)
+    assert f"the {role} of this job is not resident on cpu: hand it over with the node" in text
+    assert NODES[role] in text
+    assert LOAD in text
     job = m.Decode(components={}, tensors=[])
-    with pytest.raises(MissingComponent, match="needs a vae"):
+    with pytest.raises(MissingComponent, match="names no vae, and needs one"):
         drawer.ranks.run(job, {"latent": noise_of(1)})
 
 
 def test_a_part_in_the_wrong_role(drawer: Drawer) -> None:
     swapped = {**drawer.components, "vae": drawer.components["transformer"]}
-    with pytest.raises(UnsupportedModel, match="is a FLUX.1 transformer, not a VAE"):
+    with pytest.raises(UnsupportedModel, match=r"is a FLUX\.1 transformer, not a VAE"):
         drawer.draw(ids_of(), components=swapped, steps=1)
 
 
 def test_a_preview_needs_a_vae(drawer: Drawer) -> None:
-    with pytest.raises(MissingComponent, match="needs a vae"):
+    with pytest.raises(MissingComponent, match="names no vae, and needs one"):
         drawer.draw(ids_of(), "vae", decode=False, preview=True)
 
 

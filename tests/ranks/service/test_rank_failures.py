@@ -26,7 +26,7 @@ from ranks_scene import (
 )
 from xdit_sidecar.protocol.errors import DaemonLost, RankLost, RanksUnavailable, SidecarError
 
-DEADLINE = 3.0
+DEADLINE = 6.0
 KILL_BOUND, HANG_BOUND = 2.0, DEADLINE + 2.0  # seconds until the client is told; promised
 SLACK = 3.0  # times: as loosely as a busy machine needs
 
