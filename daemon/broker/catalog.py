@@ -71,11 +71,8 @@ class Catalog:
         Those being freed do not count: keepers work in order, so that the memory is back before
         anything that is asked for now is allocated.
         """
-        return sum(
-            copy.nbytes
-            for copy in self.copies.values()
-            if copy.key.device == device and copy.state != "freeing"
-        )
+        copies = [copy for copy in self.copies.values() if copy.key.device == device]
+        return sum(copy.nbytes for copy in copies if copy.state != "freeing")
 
     def use(self, now: float, key: e.Key) -> Copy | None:
         """The copy that a job can compute with, if there is one; that counts as using it."""
@@ -87,9 +84,7 @@ class Catalog:
 
     def is_freeing(self, device: str) -> bool:
         """Whether memory of this device is on its way back."""
-        return any(
-            copy.state == "freeing" and copy.key.device == device for copy in self.copies.values()
-        )
+        return bool(self._freeing(device))
 
     def fill_of(self, session: str, region: str) -> Copy:
         """The copy that this session is filling. Raises UnknownComponent."""
@@ -198,7 +193,8 @@ class Catalog:
         else:
             victims = choose_victims(self._evictable(key.device), missing)
         if victims is None:
-            error = self._no_memory(component, nbytes, key.device, budget - self.used(key.device))
+            free = budget - self.used(key.device)
+            error = explain_refusal(component, nbytes, key.device, free, self.copies.values())
             for waiting in [asker, *(waiters or [])]:
                 yield e.Refuse(waiting, error)
             return
@@ -229,14 +225,9 @@ class Catalog:
             return
         device = copy.key.device
         # Keepers work in order: what they were told to free since is back before a second try.
-        coming = sum(
-            other.nbytes
-            for other in self.copies.values()
-            if other.key.device == device and other.state == "freeing"
-        )
+        coming = sum(other.nbytes for other in self._freeing(device))
         victims = None
-        is_probe = copy.key.is_probe
-        if copy.askers and not copy.retried and error is None and not is_probe:
+        if copy.askers and not copy.retried and error is None and not copy.key.is_probe:
             victims = choose_victims(self._evictable(device), copy.nbytes - free - coming)
         if victims is not None and (victims or coming):
             copy.retried = True
@@ -244,7 +235,8 @@ class Catalog:
                 yield from self._drop(victim, "memory")
             yield e.Allocate(device, region, copy.nbytes)
             return
-        error = error or self._no_memory(copy.component, copy.nbytes, device, free)
+        copies = self.copies.values()
+        error = error or explain_refusal(copy.component, copy.nbytes, device, free, copies)
         self._forget(copy)
         for asker in copy.askers:
             yield e.Refuse(asker, error)
@@ -466,10 +458,8 @@ class Catalog:
     def _keeper_lost(self, device: str) -> Iterator[e.Instruction]:
         self.budgets[device] = None
         for copy in [copy for copy in self.copies.values() if copy.key.device == device]:
-            if copy.state == "orphaned":
-                continue
-            if copy.state == "freeing":
-                yield from self._freed(copy.region)
+            if copy.state in ("orphaned", "freeing"):
+                yield from self._freed(copy.region) if copy.state == "freeing" else ()
                 continue
             self._forget(copy)
             error = FillLost(
@@ -504,5 +494,6 @@ class Catalog:
         if self.leases_of(asker.session) >= limits.LEASES_PER_SESSION:
             raise Busy(f"this session holds {limits.LEASES_PER_SESSION} leases: release some")
 
-    def _no_memory(self, component: Component, nbytes: int, device: str, free: int) -> SidecarError:
-        return explain_refusal(component, nbytes, device, free, self.copies.values())
+    def _freeing(self, device: str) -> list[Copy]:
+        copies = self.copies.values()
+        return [copy for copy in copies if copy.key.device == device and copy.state == "freeing"]

@@ -107,6 +107,7 @@ def test_a_full_daemon(tmp_path: Path) -> None:
         with pytest.raises(Busy, match="close clients"):
             last.ping()
         clients[0].close()
+        daemon.wait_for_log("session-ended")
         last.ping()
 
 

@@ -1,0 +1,75 @@
+"""This pack's nodes in the place of stock ones, and a daemon for them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from comfyui import packs, tiny_checkpoints, workflows
+from comfyui.server import ComfyServer
+from comfyui.workflows import STOCK, Nodes, Settings
+from daemon_process import DaemonProcess, running_daemon
+
+LOADER = {
+    "unet_name": tiny_checkpoints.DIFFUSION_MODEL,
+    "weight_dtype": "default",
+    "ulysses": "auto",
+    "ring": "1",
+    "cfg_parallel": "1",
+    "on_problem": "stop",
+}
+#: The one change that a workflow needs.
+REMOTE = replace(STOCK, model="XDiTUNetLoader", model_inputs=LOADER)
+LOCAL = replace(REMOTE, model_inputs={**LOADER, "on_problem": "sample locally"})
+#: All loaders are ours.
+SHARED = replace(
+    REMOTE,
+    vae="XDiTLoadVAE",
+    clip="XDiTLoadDualCLIP",
+    clip_inputs={
+        "clip_name1": tiny_checkpoints.CLIP_L,
+        "clip_name2": tiny_checkpoints.T5XXL,
+    },
+)
+CHECKPOINT = Nodes(checkpoint="XDiTLoadCheckpoint")
+CODED = replace(SHARED, decode="XDiTVAEDecode", encode_image="XDiTVAEEncode")
+
+
+@dataclass
+class NodesScene:
+    """A ComfyUI with the pack, and its daemon."""
+
+    daemon: DaemonProcess
+    server: ComfyServer
+
+    def latent(self, workflow: workflows.Workflow, name: str) -> torch.Tensor:
+        """What the workflow saved as ``name``."""
+        self.server.run(workflow)
+        return self.server.tensors(name)["samples"]
+
+
+@contextlib.contextmanager
+def running_nodes(directory: Path, ranks: int, *options: str) -> Iterator[NodesScene]:
+    """A daemon whose ranks are ready, and a ComfyUI that knows it."""
+    directory.mkdir(exist_ok=True)
+    with running_daemon(directory, "--ranks", str(ranks), *options) as daemon:
+        environment = {"XDIT_SIDECAR_RUNTIME_DIR": str(daemon.runtime_dir)}
+        with ComfyServer(
+            directory / "base", packs={"xdit_sidecar": packs.clone()}, environment=environment
+        ) as server:
+            daemon.wait_for_status(lambda s: s.group.state == "ready", 90)
+            yield NodesScene(daemon, server)
+
+
+def sampling(workflow: workflows.Workflow, *, vae: bool = False) -> workflows.Workflow:
+    """The workflow with our KSampler in the place of the stock one."""
+    sampler = dict(workflow["sampler"], class_type="XDiTKSampler")
+    if vae:
+        sampler["inputs"] = {**sampler["inputs"], "vae": workflow["decode"]["inputs"]["vae"]}
+    return {**workflow, "sampler": sampler}
+
+
+QUICK = Settings(steps=8)

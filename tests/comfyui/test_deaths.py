@@ -1,0 +1,83 @@
+"""What the death of a ComfyUI, of the ranks or of the daemon costs a workflow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui import workflows
+from comfyui.nodes_scene import LOCAL, QUICK, REMOTE, SHARED, NodesScene, running_nodes
+from comfyui.server import WorkflowFailed
+from comfyui.workflows import STOCK, Settings
+
+pytestmark = pytest.mark.timeout(300)
+
+SAME = 1e-4
+LONG = replace(QUICK, steps=2000, seed=61)
+
+
+def compare(scene: NodesScene, settings: Settings, nodes: workflows.Nodes = SHARED) -> None:
+    """Our nodes' latent is the stock ones'."""
+    expected = scene.latent(workflows.text_to_image(STOCK, settings, save="stock"), "stock")
+    found = scene.latent(workflows.text_to_image(nodes, settings, save="ours"), "ours")
+    assert (found - expected).abs().max() < SAME
+
+
+def begin_long_run(scene: NodesScene) -> str:
+    """A prompt that samples until it is stopped."""
+    with scene.server.listen() as listener:
+        prompt = scene.server.queue(
+            workflows.text_to_image(SHARED, LONG, picture=False), listener.client_id
+        )
+        listener.wait_for(lambda event: event.name == "progress")
+    return prompt
+
+
+def test_deaths(tmp_path: Path) -> None:
+    with running_nodes(tmp_path / "scene", 2) as scene:
+        compare(scene, replace(QUICK, seed=60))
+        assert "read " in scene.server.log
+
+        # A rank: the run goes on when the ranks are back.
+        pids = [rank.pid for rank in scene.daemon.wait_for_status(lambda s: True).ranks]
+        os.kill(pids[1], signal.SIGKILL)
+        compare(scene, replace(QUICK, seed=62))
+
+        # ComfyUI, in the middle of a run: everything is attached again, nothing is read.
+        begin_long_run(scene)
+        scene.server.kill()
+        known = len(scene.server.log)
+        scene.server.start()
+        compare(scene, replace(QUICK, seed=63))
+        again = [line for line in scene.server.log[known:].splitlines() if "xDiT: " in line]
+        assert [line for line in again if "was resident" in line]
+        assert not [line for line in again if ", read " in line]
+
+        # The daemon, in the middle of a run: the prompt ends with an error at once.
+        prompt = begin_long_run(scene)
+        os.kill(scene.daemon.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(WorkflowFailed):
+            scene.server.wait(prompt)
+        assert time.monotonic() - killed < 10  # promised: 3
+        assert scene.daemon.process is not None
+        scene.daemon.process.wait(10)
+
+        # Without a daemon: an error that says what to do, or ComfyUI samples and says so.
+        with pytest.raises(WorkflowFailed, match="xdit-sidecar serve"):
+            scene.server.run(workflows.text_to_image(REMOTE, replace(QUICK, seed=64)))
+        settings = replace(QUICK, seed=65)
+        expected = scene.latent(workflows.text_to_image(STOCK, settings, save="stock"), "stock")
+        found = scene.latent(workflows.text_to_image(LOCAL, settings, save="local"), "local")
+        assert torch.equal(found, expected)
+        assert "samples in ComfyUI" in scene.server.log
+
+        # Another daemon: the loaders see it and hand everything over again.
+        scene.daemon.start()
+        scene.daemon.wait_for_status(lambda s: s.group.state == "ready", 90)
+        compare(scene, replace(QUICK, seed=66))

@@ -1,0 +1,197 @@
+"""A stock workflow with our loaders gives the stock loaders' numbers, in a real ComfyUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+from comfyui import tiny_checkpoints, workflows
+from comfyui.nodes_scene import (
+    CHECKPOINT,
+    CODED,
+    QUICK,
+    REMOTE,
+    SHARED,
+    NodesScene,
+    running_nodes,
+    sampling,
+)
+from comfyui.server import WorkflowFailed, WorkflowInterrupted
+from comfyui.workflows import STOCK, Nodes, Settings, Workflow
+
+pytestmark = pytest.mark.timeout(240)
+
+SAME = 1e-4  # promised, after 8 steps in fp32
+
+Builder = Callable[..., Workflow]
+CASES: dict[str, tuple[Builder, Settings]] = {
+    "euler": (workflows.text_to_image, QUICK),
+    "odd size": (workflows.text_to_image, replace(QUICK, width=248, height=184)),
+    "batch and cfg": (workflows.text_to_image, replace(QUICK, batch=2, cfg=2.5)),
+    "dpmpp_2m karras": (
+        workflows.text_to_image,
+        replace(QUICK, sampler="dpmpp_2m", scheduler="karras"),
+    ),
+    "heun beta": (workflows.text_to_image, replace(QUICK, sampler="heun", scheduler="beta")),
+    "uni_pc": (workflows.text_to_image, replace(QUICK, sampler="uni_pc", scheduler="normal")),
+    "denoise": (workflows.image_to_image, replace(QUICK, denoise=0.6)),
+    "mask": (workflows.masked, replace(QUICK, denoise=0.75)),
+    "advanced": (workflows.advanced, QUICK),
+    "custom": (workflows.custom, QUICK),
+    "LoRA": (workflows.text_to_image, replace(QUICK, loras=[(tiny_checkpoints.LORA, 0.8)])),
+    "LoRA stack": (
+        workflows.text_to_image,
+        replace(QUICK, loras=[(tiny_checkpoints.LORA, 0.8), (tiny_checkpoints.LORA_OTHER, -0.5)]),
+    ),
+    "Kontext": (workflows.kontext, QUICK),
+}
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodesScene]:
+    with running_nodes(tmp_path_factory.mktemp("nodes") / "scene", 2) as running:
+        yield running
+
+
+def difference(scene: NodesScene, build: Builder, settings: Settings, nodes: Nodes) -> float:
+    """Between our nodes' latent and the stock ones'."""
+    expected = scene.latent(build(STOCK, settings, save="stock", picture=False), "stock")
+    found = scene.latent(build(nodes, settings, save="ours", picture=False), "ours")
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_loader_is_replaced(scene: NodesScene, name: str) -> None:
+    build, settings = CASES[name]
+    assert difference(scene, build, settings, REMOTE) < SAME
+
+
+@pytest.mark.parametrize("nodes", [SHARED, CHECKPOINT], ids=["shared", "checkpoint"])
+def test_all_loaders_are_replaced(scene: NodesScene, nodes: Nodes) -> None:
+    settings = replace(QUICK, seed=11)
+    scene.server.run(workflows.text_to_image(STOCK, settings, save="stock"))
+    scene.server.run(workflows.text_to_image(nodes, settings, save="ours"))
+    stock, ours = (scene.server.tensors(n)["samples"] for n in ("stock", "ours"))
+    assert (stock - ours).abs().max() < SAME
+    images = [scene.server.tensors(f"{n}-image")["images"] for n in ("stock", "ours")]
+    assert (images[0] - images[1]).abs().max() < SAME
+
+
+def test_text_is_encoded_to_the_bit(scene: NodesScene) -> None:
+    for save, nodes in (("stock", STOCK), ("ours", SHARED)):
+        scene.server.run(workflows.encode_only(nodes, save=save))
+    stock, ours = scene.server.tensors("stock"), scene.server.tensors("ours")
+    assert stock.keys() == ours.keys()
+    assert all(torch.equal(stock[name], ours[name]) for name in stock)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_sde"])
+def test_our_sampler(scene: NodesScene, sampler: str) -> None:
+    settings = replace(QUICK, sampler=sampler, cfg=2.0, seed=5)
+    stock = workflows.text_to_image(STOCK, settings, save="stock")
+    expected = scene.latent(stock, "stock")
+    ours = sampling(workflows.text_to_image(SHARED, settings, save="ours"), vae=True)
+    ours["save_picture"] = {
+        "class_type": "TestSaveTensors",
+        "inputs": {"name": "ours-direct", "images": ["sampler", 1]},
+    }
+    with scene.server.listen() as listener:
+        scene.server.run(ours, listener)
+        progress = [event.data["value"] for event in listener.named("progress")]
+    found = scene.server.tensors("ours")["samples"]
+    assert (found - expected).abs().max() < SAME
+    direct = scene.server.tensors("ours-direct")["images"]
+    assert (direct - scene.server.tensors("stock-image")["images"]).abs().max() < 1e-3
+    assert settings.steps in progress
+    way = "all steps run in the daemon" if sampler != "dpmpp_sde" else "the sampler dpmpp_sde"
+    assert way in scene.server.log
+
+
+def test_our_sampler_with_a_plain_model(scene: NodesScene) -> None:
+    settings = replace(QUICK, seed=6)
+    expected = scene.latent(workflows.text_to_image(STOCK, settings, save="stock"), "stock")
+    workflow = sampling(workflows.text_to_image(STOCK, settings, save="plain"))
+    assert torch.equal(scene.latent(workflow, "plain"), expected)
+
+
+def test_coding_by_the_ranks(scene: NodesScene) -> None:
+    settings = replace(QUICK, denoise=0.5, seed=8)
+    scene.server.run(workflows.image_to_image(STOCK, settings, save="stock"))
+    scene.server.run(workflows.image_to_image(CODED, settings, save="ours"))
+    for name, key in (("", "samples"), ("-image", "images")):
+        stock, ours = (scene.server.tensors(f"{n}{name}")[key] for n in ("stock", "ours"))
+        assert (stock - ours).abs().max() < 1e-3
+
+
+def test_memory_management_does_not_unshare(scene: NodesScene) -> None:
+    scene.server.run(workflows.text_to_image(SHARED, replace(QUICK, seed=21)))
+    before = regions(scene)
+    assert before
+    scene.server.free()
+    scene.server.run(workflows.text_to_image(SHARED, replace(QUICK, seed=22)))
+    entry = scene.server.run(workflows.report(SHARED))
+    reported = entry["outputs"]["report"]["parameters"][0]
+    text = reported if isinstance(reported, str) else repr(reported)
+    assert "meta" not in text
+    assert regions(scene) == before
+
+
+def regions(scene: NodesScene) -> int:
+    """How many regions the ComfyUI process has mapped."""
+    maps = psutil.Process(scene.server.pid).memory_maps(grouped=False)
+    return len({m.path for m in maps if "xdit-sidecar" in m.path})
+
+
+def test_interrupt_and_what_comes_after(scene: NodesScene) -> None:
+    workflow = workflows.text_to_image(REMOTE, replace(QUICK, steps=2000, seed=31), picture=False)
+    with scene.server.listen() as listener:
+        prompt = scene.server.queue(workflow, listener.client_id)
+        listener.wait_for(lambda event: event.name == "progress")
+        scene.server.interrupt()
+        with pytest.raises(WorkflowInterrupted):
+            scene.server.wait(prompt)
+    assert difference(scene, workflows.text_to_image, replace(QUICK, seed=32), REMOTE) < SAME
+
+
+def test_what_cannot_be_remote_is_told(scene: NodesScene) -> None:
+    def compiled(nodes: Nodes) -> Workflow:
+        workflow = workflows.text_to_image(nodes, replace(QUICK, seed=41), picture=False)
+        workflow["compiled"] = {
+            "class_type": "TorchCompileModel",
+            "inputs": {"model": ["model", 0], "backend": "inductor"},
+        }
+        workflow["sampler"]["inputs"]["model"] = ["compiled", 0]
+        return workflow
+
+    with pytest.raises(WorkflowFailed, match="cannot do this"):
+        scene.server.run(compiled(REMOTE))
+    saving = workflows.text_to_image(REMOTE, replace(QUICK, seed=42), picture=False)
+    saving["save_model"] = {
+        "class_type": "ModelSave",
+        "inputs": {"model": ["model", 0], "filename_prefix": "weightless"},
+    }
+    with pytest.raises(WorkflowFailed, match="no weights in ComfyUI"):
+        scene.server.run(saving)
+
+
+def test_status_node(scene: NodesScene) -> None:
+    entry = scene.server.run({"status": {"class_type": "XDiTStatus", "inputs": {}}})
+    (text,) = entry["outputs"]["status"]["text"]
+    assert "2 ranks, ready" in text
+    assert tiny_checkpoints.DIFFUSION_MODEL in text
+
+
+def test_every_input_is_explained(scene: NodesScene) -> None:
+    info = scene.server.object_info()
+    ours = {name: node for name, node in info.items() if name.startswith("XDiT")}
+    assert len(ours) == 10
+    for name, node in ours.items():
+        assert node["category"] == "xDiT"
+        assert node["description"], name
+        for kind in ("required", "optional"):
+            for key, spec in node["input"].get(kind, {}).items():
+                assert spec[1].get("tooltip"), f"{name}: {key}"
