@@ -330,14 +330,13 @@ class Catalog:
     def _attach(self, now: float, asker: e.Asker, key: e.Key) -> Iterator[e.Instruction]:
         try:
             self._check_device(key.device)
+            if (copy := self._current.get(key)) is None:
+                raise UnknownComponent("no such component is resident on this device")
             self._check_leases(asker)
         except SidecarError as error:
             yield e.Refuse(asker, error)
             return
-        copy = self._current.get(key)
-        if copy is None:
-            yield e.Refuse(asker, UnknownComponent("no such component is resident on this device"))
-        elif copy.state == "resident":
+        if copy.state == "resident":
             yield self._lease(now, copy, asker)
         else:
             # Someone fills it right now. It may fail; then the asker is not to become the filler,
