@@ -13,7 +13,7 @@ from hostile import siege
 from hostile.attack import Attack
 from hostile.catalogue import ATTACKS
 
-from soak import ranks
+from soak import rank_stages
 from soak.cycles import BUDGET, run_cycles
 
 CYCLES = 10_000
@@ -50,5 +50,5 @@ def attack(chosen: Attack) -> dict[str, object]:
 STAGES: dict[str, Stage] = {
     **{f"cycles-{name}": (lambda name=name: cycles(name)) for name in platforms.PLATFORMS},  # type: ignore[misc]
     **{f"hostile-{a.name}": (lambda a=a: attack(a)) for a in ATTACKS.values()},  # type: ignore[misc]
-    **ranks.STAGES,
+    **rank_stages.STAGES,
 }

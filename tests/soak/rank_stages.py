@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "ranks" / "service"), str(TESTS / "ranks" / "parallel")]
-
-import test_rank_failures as failures  # noqa: E402
-from exactness import run_soak  # noqa: E402
-from harness import Nursery  # noqa: E402
-from ranks_scene import LARGE, RanksScene, running_ranks, some_inputs  # noqa: E402
-from test_cancelling import cancel_at_random  # noqa: E402
+from ranks.parallel.exactness import run_soak
+from ranks.parallel.harness import Nursery
+from ranks.service import test_rank_failures as failures
+from ranks.service.test_cancelling import cancel_at_random
+from ranks_scene import LARGE, RanksScene, running_ranks, some_inputs
 
 FORWARDS = 10_000
 CANCELS = 1_000
