@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from ..protocol.errors import UnsupportedModel
 from .link import Link
 from .shared_patcher import SharedPatcher
-from .shared_weights import SharedWeights, fill_the_rest, read_shapes, share_file
+from .shared_weights import ENCODERS, SharedWeights, fill_the_rest, read_shapes, share_file
 
 _META = torch.device("meta")
 
@@ -51,8 +51,9 @@ def load_shared_clip(
     options: dict[str, Any] = {"initial_device": _META}
     if on_cpu:
         options["load_device"] = options["offload_device"] = torch.device("cpu")
+    shapes = [read_shapes(file.path, file.prefix) for file in files]
     clip = comfy.sd.load_text_encoder_state_dicts(
-        [read_shapes(file.path, file.prefix) for file in files],
+        [dict(found) for found in shapes],
         embedding_directory=embeddings,
         clip_type=clip_type,
         model_options=options,
@@ -60,8 +61,8 @@ def load_shared_clip(
     module = clip.cond_stage_model
     device = clip.patcher.load_device
     shared = SharedWeights(module)
-    for file in files:
-        role, target = _place(module, file)
+    for file, found in zip(files, shapes, strict=True):
+        role, target = _place(module, file, found)
         share_file(
             link,
             shared,
@@ -72,18 +73,16 @@ def load_shared_clip(
             module_prefix=target,
         )
     fill_the_rest(module, device)
-    hook_mode = clip.patcher.hook_mode
-    clip.patcher = SharedPatcher(module, device)
-    clip.patcher.hook_mode = hook_mode
-    clip.patcher.is_clip = True
+    clip.patcher = SharedPatcher.of_clip(clip)
     return clip
 
 
-def _place(module: torch.nn.Module, file: TextEncoderFile) -> tuple[str, str]:
+def _place(
+    module: torch.nn.Module, file: TextEncoderFile, shapes: Mapping[str, torch.Tensor]
+) -> tuple[str, str]:
     """The role of an encoder, and where in the module its parameters are."""
-    shapes = read_shapes(file.path, file.prefix)
     own = {name: value.shape for name, value in module.named_parameters()}
-    for role, prefix in (("clip_l", "clip_l.transformer."), ("t5", "t5xxl.transformer.")):
+    for role, prefix in ENCODERS.items():
         matching = [name for name in shapes if own.get(prefix + name) == shapes[name].shape]
         if matching and len(matching) >= len(shapes) // 2:
             return role, prefix

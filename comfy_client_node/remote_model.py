@@ -34,7 +34,7 @@ _FORWARD_SECONDS = 600.0
 _RECOVERY_SECONDS = 120.0
 _CHECKPOINT = "model.diffusion_model."  # what the names begin with in whole checkpoints
 _NODE = "XDiT UNet Loader"
-_COMPUTE: dict[torch.dtype, m.ComputeDtype] = {
+COMPUTE: dict[torch.dtype, m.ComputeDtype] = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -167,7 +167,7 @@ class RemoteTransformer(torch.nn.Module):
         for number, reference in enumerate(ref_latents or []):
             tensors[f"ref_latents.{number}"] = reference
         method = others.get("ref_latents_method", "offset")
-        compute = _COMPUTE[x.dtype]
+        compute = COMPUTE[x.dtype]
         owner = self.owner() if self.owner is not None else None
         patcher = getattr(owner, "current_patcher", None)
 

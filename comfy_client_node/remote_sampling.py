@@ -14,7 +14,7 @@ from ..protocol import messages as m
 from ..protocol.errors import SidecarError
 from .link import explain, stop_if_interrupted
 from .refusals import find_problem
-from .remote_model import RemoteTransformer, run_on_ranks
+from .remote_model import COMPUTE, RemoteTransformer, run_on_ranks
 from .shared_weights import SharedWeights
 
 SAMPLERS = ("euler", "ddim", "heun", "dpmpp_2m")
@@ -117,7 +117,7 @@ def shared_vae(vae: Any) -> str:
 
 def run_vae(link: Any, vae: Any, job: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Decode or encode with the ranks; ``job`` is the class of the message."""
-    compute = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[vae.vae_dtype]
+    compute = COMPUTE[vae.vae_dtype]
     body = job(components={"vae": shared_vae(vae)}, tensors=[], compute=compute)
     try:
         outputs = link.remote.run(
@@ -160,13 +160,7 @@ def _make_tensors(run: Run) -> dict[str, torch.Tensor]:
 
 def _compute_of(model: Any) -> m.ComputeDtype:
     base = model.model
-    dtype = base.manual_cast_dtype or base.get_dtype()
-    found: m.ComputeDtype = {
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-    }[dtype]  # type: ignore[assignment]
-    return found
+    return COMPUTE[base.manual_cast_dtype or base.get_dtype()]
 
 
 def _picture_of(preview: torch.Tensor | None) -> Any:

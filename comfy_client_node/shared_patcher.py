@@ -25,6 +25,13 @@ class SharedPatcher(comfy.model_patcher.ModelPatcher):
     ) -> None:
         super().__init__(model, load_device, load_device, *args, **kwargs)
 
+    @classmethod
+    def of_clip(cls, clip: Any) -> SharedPatcher:
+        """For a ``comfy.sd.CLIP``, in the place of its own patcher; without that one's patches."""
+        patcher = cls(clip.cond_stage_model, clip.patcher.load_device)
+        patcher.hook_mode, patcher.is_clip = clip.patcher.hook_mode, True
+        return patcher
+
     @property
     def shared(self) -> SharedWeights:
         """What is shared of the model."""

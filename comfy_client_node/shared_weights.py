@@ -21,6 +21,8 @@ _log = logging.getLogger("xdit_sidecar.comfyui")
 
 _LOAD_SECONDS = 600.0  # without a byte of progress
 _ATTRIBUTE = "xdit_shared_weights"
+#: Role of a text encoder → where ComfyUI's module of a CLIP has its parameters.
+ENCODERS = {"clip_l": "clip_l.transformer.", "t5": "t5xxl.transformer."}
 
 
 class SharedWeights:

@@ -16,10 +16,9 @@ from ..protocol.manifest import lay_out
 from ..protocol.regions.views import describe_tensors
 from .link import Link, stop_if_interrupted
 from .shared_patcher import SharedPatcher
-from .shared_weights import SharedWeights, device_name
+from .shared_weights import ENCODERS, SharedWeights, device_name
 
 _SECONDS = 600.0
-_ENCODERS = {"clip_l": "clip_l.transformer.", "t5": "t5xxl.transformer."}
 
 
 class CannotBeShared(RuntimeError):
@@ -46,15 +45,14 @@ def share_clip(link: Link, clip: Any) -> Any:
     shared = SharedWeights.of(module)
     if shared is None:
         names = [name for name, _ in module.named_parameters()]
-        found = {r: p for r, p in _ENCODERS.items() if any(n.startswith(p) for n in names)}
+        found = {r: p for r, p in ENCODERS.items() if any(n.startswith(p) for n in names)}
         if not found:
             raise CannotBeShared("this CLIP has neither CLIP-L nor T5: it cannot be shared")
         shared = SharedWeights(module)
         for role, prefix in found.items():
             _hand_over(link, shared, module, role, prefix, clip.patcher.load_device)
     result = clip.clone()
-    patcher = SharedPatcher(module, clip.patcher.load_device)
-    patcher.hook_mode, patcher.is_clip = clip.patcher.hook_mode, True
+    patcher = SharedPatcher.of_clip(clip)
     patcher.patches = {key: list(entries) for key, entries in clip.patcher.patches.items()}
     patcher.patches_uuid = clip.patcher.patches_uuid
     result.patcher = patcher

@@ -21,9 +21,7 @@ from ...models.flux_layers import (
     flux_layers,
     published_name,
 )
-
-# What CastLinear calls the scale of an fp8 weight.
-SCALE = "weight_scale"
+from ..casting import SCALE
 
 
 class MappedWeights(NamedTuple):

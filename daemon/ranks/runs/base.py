@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from ....protocol import messages as m
 from ..autoencoder import Autoencoder
 from ..components import OpenComponents
 from ..denoiser import Denoiser
@@ -54,6 +55,10 @@ class Place(NamedTuple):
     session: str
     regions: Mapping[str, str]  # fingerprint → region
     components: Mapping[str, str]  # role → fingerprint
+
+    def loras(self, adapters: Iterable[m.Adapter]) -> list[tuple[str | None, float]]:
+        """Region and strength of each adapter."""
+        return [(self.regions.get(adapter.fingerprint), adapter.strength) for adapter in adapters]
 
     def region(self, role: str) -> str | None:
         """The region of the component that plays a role."""

@@ -33,7 +33,7 @@ class ForwardRun:
             region=place.region("transformer"),
             compute=job.compute,
             degrees=job.degrees,
-            adapters=[(place.regions.get(a.fingerprint), a.strength) for a in job.adapters],
+            adapters=place.loras(job.adapters),
             run=job.run,
             reference_method=job.ref_latents_method,
         )

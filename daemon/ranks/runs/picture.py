@@ -39,7 +39,7 @@ class PictureRun:
             region=place.region("transformer"),
             compute=job.compute,
             degrees=job.degrees,
-            adapters=[(place.regions.get(a.fingerprint), a.strength) for a in job.adapters],
+            adapters=place.loras(job.adapters),
         )
         self._config = _check_model(engines.denoiser.config(self._options))
         shape = self._latent_shape()
