@@ -1,11 +1,17 @@
-"""Tensors as raw frames of the bulk socket: contiguous, little-endian, described beside them."""
+"""Tensors as raw frames of the bulk socket: contiguous, little-endian, described beside them.
+
+One that is larger than a frame may be travels in several; its size says in how many.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
+from . import limits
 from .errors import BadMessage
 from .messages import TensorPart
 from .regions.views import safetensors_dtype, torch_dtype
@@ -32,39 +38,59 @@ def describe_tensor(
 
 def pack_tensor(
     name: str, tensor: torch.Tensor, digest: bytes | None = None
-) -> tuple[TensorPart, memoryview]:
-    """A tensor's description and its bytes.
+) -> tuple[TensorPart, list[memoryview]]:
+    """A tensor's description and its frames.
 
-    Copied only from a device or if it is not contiguous; the buffer keeps what it shows alive.
+    Copied only from a device or if it is not contiguous; the frames keep what they show alive.
     """
     part = describe_tensor(name, tensor, digest)
-    return part, _bytes_of(tensor.detach().cpu().contiguous())
+    data = _bytes_of(tensor.detach().cpu().contiguous())
+    starts = range(0, max(1, len(data)), limits.BULK_FRAME)
+    return part, [data[start : start + limits.BULK_FRAME] for start in starts]
 
 
-def unpack_tensor(part: TensorPart, frame: Buffer) -> torch.Tensor:
-    """A tensor of its own, in host memory. Raises BadMessage if the bytes are too few or many."""
+def unpack_tensor(part: TensorPart, frames: Iterator[Buffer]) -> torch.Tensor:
+    """A tensor of its own, in host memory, from the next frames.
+
+    Raises BadMessage if their bytes are too few or too many.
+    """
     import torch
 
-    if len(frame) != part.nbytes:
-        raise BadMessage(f"tensor {part.name!r}: {len(frame)} bytes came, {part.nbytes} expected")
+    arrived = list(islice(frames, min(part.frames, limits.BULK_PARTS)))
+    if (nbytes := sum(map(len, arrived))) != part.nbytes:
+        raise BadMessage(f"tensor {part.name!r}: {nbytes} bytes came, {part.nbytes} expected")
     tensor = torch.empty(part.shape, dtype=torch_dtype(part.dtype))
-    if part.nbytes:
-        _bytes_of(tensor)[:] = frame
+    data, start = _bytes_of(tensor), 0
+    for frame in arrived:
+        data[start : start + len(frame)] = frame
+        start += len(frame)
     return tensor
+
+
+def unpack_tensors(
+    parts: Iterable[TensorPart], frames: Iterable[Buffer]
+) -> dict[str, torch.Tensor]:
+    """Inline tensors by name. Raises BadMessage unless the frames are exactly theirs."""
+    arriving = iter(frames)
+    tensors = {part.name: unpack_tensor(part, arriving) for part in parts}
+    if next(arriving, None) is not None:
+        raise BadMessage(f"more frames came than {len(tensors)} tensors have")
+    return tensors
 
 
 def digest_tensor(tensor: torch.Tensor) -> bytes:
     """32 bytes that name dtype, shape and contents."""
-    part, data = pack_tensor("", tensor)
+    part, frames = pack_tensor("", tensor)
     digest = hashlib.blake2b(f"{part.dtype}{part.shape}".encode(), digest_size=32)
-    digest.update(data)
+    for frame in frames:
+        digest.update(frame)
     return digest.digest()
 
 
 def _bytes_of(host: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor in host memory; needs no numpy."""
     if not host.nbytes:
-        return memoryview(b"")
+        return memoryview(bytearray())
     array = (ctypes.c_char * host.nbytes).from_address(host.data_ptr())
     array.owner = host  # type: ignore[attr-defined]  # lives as long as the buffer
     return memoryview(array).cast("B")

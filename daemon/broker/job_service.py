@@ -367,16 +367,19 @@ def _components(body: m.Job) -> list[tuple[str, str]]:
 
 
 def _check_frames(parts: Sequence[m.TensorPart], frames: Frames) -> None:
-    """Raise BadMessage unless each inline tensor has a frame of exactly its bytes."""
+    """Raise BadMessage unless each inline tensor has frames of exactly its bytes."""
     inline = [part for part in parts if part.inline]
     if len({part.name for part in parts}) != len(parts):
         raise BadMessage("two tensors of this job have the same name")
-    if len(inline) != len(frames):
-        raise BadMessage(f"{len(inline)} tensors of this job are inline, {len(frames)} frames came")
-    for part, frame in zip(inline, frames, strict=True):
-        if len(frame) != part.nbytes:
+    expected = sum(part.frames for part in inline)
+    if expected != len(frames):
+        raise BadMessage(f"the tensors of this job fill {expected} frames, {len(frames)} came")
+    arriving = iter(frames)
+    for part in inline:
+        nbytes = sum(map(len, itertools.islice(arriving, part.frames)))
+        if nbytes != part.nbytes:
             raise BadMessage(
-                f"tensor {part.name!r} has {part.nbytes} bytes by its shape, its frame {len(frame)}"
+                f"tensor {part.name!r} has {part.nbytes} bytes by its shape, its frames {nbytes}"
             )
     for part in parts:
         if not part.inline and part.digest is None:

@@ -14,7 +14,7 @@ from ..models.vae_detection import detect_vae
 from ..models.vae_memory import TILE, decode_bytes
 from .components import OpenComponent, OpenComponents
 from .dtypes import DTYPES
-from .frames import check_frame
+from .outputs import check_output
 from .parallel.process_group import RankGroup
 from .reservation import Reservation
 from .vae.model import Vae, build_vae, check_images, check_latent
@@ -68,7 +68,7 @@ class Autoencoder:
         """Raise TooLarge if the picture of a latent of ``shape`` (B, C, h, w) cannot be sent."""
         rows, _, height, width = shape
         pixels = rows * height * width * self.ratio(region, compute) ** 2
-        check_frame("image", pixels * IMAGE_CHANNELS * DTYPE_BYTES["F32"])
+        check_output("image", pixels * IMAGE_CHANNELS * DTYPE_BYTES["F32"])
 
     @property
     def _can_share(self) -> bool:

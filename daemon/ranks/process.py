@@ -54,7 +54,7 @@ class RankClient(Client):
 
     def _next(
         self, session: ClientSession, request: m.NextTask, frames: Sequence[memoryview]
-    ) -> tuple[m.Task, list[bytes]]:
+    ) -> tuple[m.Task, list[memoryview]]:
         task, inputs = self.exchanges.exchange(session, request, Deadline(_FOREVER), frames)
         if not isinstance(task, m.Task):
             raise BadMessage(f"the daemon gave a {type(task).__name__} for a task")

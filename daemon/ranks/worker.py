@@ -22,7 +22,7 @@ from ...protocol.tensors import pack_tensor, unpack_tensor
 from .autoencoder import Autoencoder
 from .components import OpenComponents
 from .denoiser import Denoiser
-from .frames import check_frame
+from .outputs import check_output
 from .parallel import process_group
 from .parallel.config import ConfigError
 from .parallel.process_group import RankGroup
@@ -36,7 +36,7 @@ from .text_encoding import TextEncoding
 # Imports take long on a loaded machine, and not equally long; the broker's patience is the bound.
 _MEETING_SECONDS = 600.0
 
-Frames = Sequence[bytes]
+Frames = Sequence[memoryview]
 Performed = tuple[m.Outcome, list[memoryview]]
 TakeDescriptor = Callable[[int], int]
 
@@ -162,7 +162,7 @@ class Worker:
         for part in parts:
             key = (session, part.digest or b"")
             if part.inline:
-                tensor = unpack_tensor(part, next(arriving)).to(self._group.device)
+                tensor = unpack_tensor(part, arriving).to(self._group.device)
                 if part.digest is not None:
                     self._kept[key] = tensor
             elif (kept := self._kept.get(key)) is not None:
@@ -174,11 +174,11 @@ class Worker:
 
     def _send(self, tensors: Mapping[str, Tensor]) -> tuple[list[m.TensorPart], list[memoryview]]:
         for name, tensor in tensors.items():
-            check_frame(name, tensor.nbytes)  # looked at by all ranks: all must end alike
+            check_output(name, tensor.nbytes)  # looked at by all ranks: all must end alike
         if self._group.rank != 0:
             return [], []
         packed = [pack_tensor(name, tensor) for name, tensor in tensors.items()]
-        return [part for part, _ in packed], [data for _, data in packed]
+        return [part for part, _ in packed], [frame for _, frames in packed for frame in frames]
 
     def _forget_session(self, session: str) -> None:
         self._engines.denoiser.forget_session(session)

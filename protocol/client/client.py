@@ -15,7 +15,7 @@ from typing import TypeVar
 import zmq
 
 from .. import messages as m
-from ..endpoints import resolve_runtime_dir
+from ..endpoints import client_places, find_daemon
 from ..errors import (
     BadMessage,
     DaemonAbsent,
@@ -60,7 +60,8 @@ class Client:
         host: str | None = None,
         dynamic_vram: bool | None = None,
     ) -> None:
-        self.endpoints = resolve_runtime_dir(runtime_dir)
+        self._places = client_places(runtime_dir)
+        self.endpoints = find_daemon(self._places)
         self._describe: Callable[[], m.Hello] = lambda: describe_process(
             name, host=host, dynamic_vram=dynamic_vram
         )
@@ -114,7 +115,8 @@ class Client:
     ) -> list[bytes]:
         """Send raw frames over the bulk socket and get them back."""
         deadline = Deadline(timeout, should_cancel)
-        return self.exchanges.exchange(self.session(deadline), m.Echo(), deadline, frames)[1]
+        back = self.exchanges.exchange(self.session(deadline), m.Echo(), deadline, frames)[1]
+        return [bytes(frame) for frame in back]
 
     # --- components
 
@@ -229,6 +231,7 @@ class Client:
                 raise DaemonLost("this client is closed")
             if self._session is None or self._session.lost.is_set():
                 hello = self._describe()
+                self.endpoints = find_daemon(self._places)
                 self._session = ClientSession.open(
                     self.endpoints, hello, self._context, deadline, self._orphaned
                 )

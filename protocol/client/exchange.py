@@ -37,8 +37,10 @@ class OpenRequest:
         """Whether :meth:`receive` would not have to wait."""
         return bool(self._channel.poll(0))
 
-    def receive(self) -> tuple[m.AnswerBody, list[bytes]]:
+    def receive(self) -> tuple[m.AnswerBody, list[memoryview]]:
         """The next answer and its raw frames; a refusal is returned like any other answer.
+
+        The frames show ZeroMQ's own memory: to copy a latent costs as much as to send it.
 
         Raises Cancelled, DeadlineExceeded, DaemonLost and BadMessage.
         """
@@ -46,11 +48,11 @@ class OpenRequest:
         while not self._channel.poll(max(1, int(self._deadline.next_wait(waiting) * 1000))):
             if self._session.lost.is_set():
                 raise self._session.why_lost
-        header, *frames = self._channel.recv_multipart()
-        answer = codec.decode(header, m.Answer, limit=limits.CONTROL_FRAME)
+        header, *frames = self._channel.recv_multipart(copy=False)
+        answer = codec.decode(header.bytes, m.Answer, limit=limits.CONTROL_FRAME)
         if answer.id != self._id:
             raise BadMessage("the daemon answered another request")
-        return answer.body, frames
+        return answer.body, [frame.buffer for frame in frames]
 
 
 class Exchanges:
@@ -97,7 +99,7 @@ class Exchanges:
         body: m.RequestBody | m.BulkBody,
         deadline: Deadline,
         frames: Frames = (),
-    ) -> tuple[m.AnswerBody, list[bytes]]:
+    ) -> tuple[m.AnswerBody, list[memoryview]]:
         """One request, its answer and the answer's raw frames; refusals are raised."""
         with self.open(session, body, deadline, frames) as request:
             answer, back = request.receive()
@@ -152,7 +154,7 @@ def _check_bulk(header: int, frames: Frames) -> None:
     """Raise TooLarge for what the daemon would drop, connection and all, without an answer."""
     sizes = [header, *(memoryview(frame).nbytes for frame in frames)]
     if len(sizes) > limits.BULK_PARTS:
-        raise TooLarge(f"{len(frames)} tensors at once; the most is {limits.BULK_PARTS - 1}")
+        raise TooLarge(f"{len(frames)} frames at once; the most is {limits.BULK_PARTS - 1}")
     if max(sizes) > limits.BULK_FRAME or sum(sizes) > limits.BULK_MESSAGE:
         raise TooLarge(
             f"a tensor of {max(sizes)} bytes, {sum(sizes)} in all; the most at once is "

@@ -11,7 +11,7 @@ import msgspec
 
 from .. import messages as m
 from ..errors import BadMessage, RanksUnavailable
-from ..tensors import Buffer, describe_tensor, pack_tensor, unpack_tensor
+from ..tensors import Buffer, describe_tensor, pack_tensor, unpack_tensors
 from .client import Client
 from .deadline import Deadline, ShouldCancel
 from .exchange import raise_refusal
@@ -93,16 +93,16 @@ class RemoteRanks:
             self._sent.enter(session)
             for name, tensor in tensors.items():
                 digest = self._sent.name(tensor) if name in keep else None
-                part, frame = self._pack(name, tensor, digest)
+                part, data = self._pack(name, tensor, digest)
                 parts.append(part)
-                frames += [frame] if part.inline else []
+                frames += data
         body = msgspec.structs.replace(job, tensors=parts)
         with self._client.exchanges.open(session, body, deadline, frames) as request:
             answer, back = request.receive()
             while isinstance(answer, m.Step):
                 deadline.restart()
                 if on_step is not None:
-                    preview = _unpack(answer.tensors, back).get("preview")
+                    preview = unpack_tensors(answer.tensors, back).get("preview")
                     on_step(answer.step, answer.steps, preview)
                 answer, back = request.receive()
         raise_refusal(session, answer)
@@ -112,22 +112,14 @@ class RemoteRanks:
                 for part in parts:
                     if part.digest is not None:
                         self._sent.sent(part.digest)
-            return answer, _unpack(answer.tensors, back)
+            return answer, unpack_tensors(answer.tensors, back)
         if not isinstance(answer, m.Need):
             raise BadMessage(f"the daemon answered with a {type(answer).__name__}")
         return answer, {}
 
     def _pack(
         self, name: str, tensor: torch.Tensor, digest: bytes | None
-    ) -> tuple[m.TensorPart, Buffer]:
+    ) -> tuple[m.TensorPart, list[memoryview]]:
         if digest is None or not self._sent.was_sent(digest):
             return pack_tensor(name, tensor, digest)
-        return describe_tensor(name, tensor, digest, inline=False), b""
-
-
-def _unpack(parts: list[m.TensorPart], frames: list[bytes]) -> dict[str, torch.Tensor]:
-    if len(parts) != len(frames):
-        raise BadMessage(f"the daemon sent {len(frames)} frames for {len(parts)} tensors")
-    return {
-        part.name: unpack_tensor(part, frame) for part, frame in zip(parts, frames, strict=True)
-    }
+        return describe_tensor(name, tensor, digest, inline=False), []

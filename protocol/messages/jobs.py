@@ -29,7 +29,7 @@ _Pixels = Annotated[int, Meta(ge=16, le=16384)]
 class TensorPart(msgspec.Struct, frozen=True, kw_only=True):
     """One tensor of a job or an answer, contiguous and little-endian.
 
-    ``inline``: its bytes are the next raw frame. With a ``digest`` they are kept for the session
+    ``inline``: its bytes are the next raw frames. With a ``digest`` they are kept for the session
     and need not be sent again.
     """
 
@@ -43,6 +43,11 @@ class TensorPart(msgspec.Struct, frozen=True, kw_only=True):
     def nbytes(self) -> int:
         """Bytes of the tensor, wherever they are."""
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def frames(self) -> int:
+        """Raw frames that its bytes fill: all full but the last, and at least one."""
+        return max(1, -(-self.nbytes // limits.BULK_FRAME))
 
 
 Parts = Annotated[list[TensorPart], Meta(max_length=limits.JOB_TENSORS)]

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import gc
 
+import msgspec
 import pytest
 import torch
-from xdit_sidecar.protocol import codec
+from xdit_sidecar.protocol import codec, limits
 from xdit_sidecar.protocol.errors import BadMessage
 from xdit_sidecar.protocol.messages import TensorPart
-from xdit_sidecar.protocol.tensors import digest_tensor, pack_tensor, unpack_tensor
+from xdit_sidecar.protocol.tensors import (
+    digest_tensor,
+    pack_tensor,
+    unpack_tensor,
+    unpack_tensors,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
 
@@ -23,9 +29,10 @@ def some(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 0, 4), (1, 2, 3, 4, 5)])
 def test_comes_back(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = some(*shape, dtype=dtype)
-    part, data = pack_tensor("x", tensor)
+    part, (data,) = pack_tensor("x", tensor)
     assert part.nbytes == len(data) == tensor.nbytes
-    back = unpack_tensor(codec.decode(codec.encode(part), TensorPart, limit=1000), bytes(data))
+    sent = codec.decode(codec.encode(part), TensorPart, limit=1000)
+    back = unpack_tensor(sent, iter([bytes(data)]))
     assert back.dtype == dtype
     assert torch.equal(back, tensor)
 
@@ -44,27 +51,27 @@ def test_comes_back(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 )
 def test_views_travel_as_what_they_show(view) -> None:
     shown = view(some(4, 6))
-    part, data = pack_tensor("x", shown)
-    assert torch.equal(unpack_tensor(part, data), shown)
+    part, frames = pack_tensor("x", shown)
+    assert torch.equal(unpack_tensor(part, iter(frames)), shown)
 
 
 def test_a_parameter_travels() -> None:
-    part, data = pack_tensor("x", torch.nn.Parameter(some(3)))
-    assert torch.equal(unpack_tensor(part, data), some(3))
+    part, frames = pack_tensor("x", torch.nn.Parameter(some(3)))
+    assert torch.equal(unpack_tensor(part, iter(frames)), some(3))
 
 
 def test_the_buffer_keeps_the_bytes_alive() -> None:
-    part, data = pack_tensor("x", some(1000, 100).T)
+    part, frames = pack_tensor("x", some(1000, 100).T)
     gc.collect()
     ballast = [torch.full((1000, 100), 7.0) for _ in range(5)]
-    assert torch.equal(unpack_tensor(part, data), some(1000, 100).T)
+    assert torch.equal(unpack_tensor(part, iter(frames)), some(1000, 100).T)
     assert ballast
 
 
 def test_what_is_unpacked_is_its_own() -> None:
-    part, data = pack_tensor("x", some(4))
+    part, (data,) = pack_tensor("x", some(4))
     frame = bytearray(data)
-    back = unpack_tensor(part, memoryview(frame))
+    back = unpack_tensor(part, iter([memoryview(frame)]))
     frame[:] = bytes(len(frame))
     assert torch.equal(back, some(4))
     back.zero_()
@@ -72,10 +79,34 @@ def test_what_is_unpacked_is_its_own() -> None:
 
 @pytest.mark.parametrize("change", [-1, 1, -16])
 def test_too_few_or_many_bytes(change: int) -> None:
-    part, data = pack_tensor("x", some(4))
+    part, (data,) = pack_tensor("x", some(4))
     frame = bytes(data)[: len(data) + change] + b"x" * change
     with pytest.raises(BadMessage, match=f"{len(frame)} bytes came, 16 expected"):
-        unpack_tensor(part, frame)
+        unpack_tensor(part, iter([frame]))
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1, limits.BULK_FRAME])
+def test_a_large_tensor_travels_in_several_frames(over: int) -> None:
+    size = limits.BULK_FRAME + over
+    tensor = torch.arange(251, dtype=torch.uint8).repeat(size // 251 + 1)[:size]
+    part, frames = pack_tensor("x", tensor)
+    assert [len(frame) for frame in frames[:-1]] == [limits.BULK_FRAME] * (part.frames - 1)
+    assert len(frames) == part.frames == (1 if over <= 0 else 2)
+    following, (data,) = pack_tensor("y", some(3))
+    back = unpack_tensors([part, following], [*frames, data])
+    assert torch.equal(back["x"], tensor)
+    assert torch.equal(back["y"], some(3))
+    with pytest.raises(BadMessage, match="more frames came"):
+        unpack_tensors([part], [*frames, data])
+    with pytest.raises(BadMessage, match="bytes came"):
+        unpack_tensors([part, following], frames)
+
+
+def test_a_shape_that_no_message_holds() -> None:
+    part, frames = pack_tensor("x", some(4))
+    huge = msgspec.structs.replace(part, shape=[2**31] * 8)
+    with pytest.raises(BadMessage, match="16 bytes came"):
+        unpack_tensor(huge, iter(frames))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bool, torch.int32, torch.float8_e4m3fn])

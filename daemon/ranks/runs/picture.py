@@ -14,7 +14,7 @@ from ....protocol.manifest import DTYPE_BYTES
 from ...models.flux_config import FluxConfig
 from ..denoiser import Conditioning, DenoiserOptions
 from ..dtypes import DTYPES
-from ..frames import check_frame
+from ..outputs import check_output
 from ..sampling.latent_format import to_vae
 from ..sampling.noise import seeded_noise
 from ..sampling.sampler import Denoising
@@ -44,7 +44,7 @@ class PictureRun:
         self._config = _check_model(engines.denoiser.config(self._options))
         shape = self._latent_shape()
         # Sooner told than at the end.
-        check_frame("latent", prod(shape) * DTYPE_BYTES["F32"])
+        check_output("latent", prod(shape) * DTYPE_BYTES["F32"])
         if job.decode:
             engines.autoencoder.check_size(place.region("vae"), job.compute, shape)
         elif job.preview:

@@ -80,7 +80,7 @@ def named_only(user: User) -> tuple[m.Forward, list[bytes], bytes]:
         else:
             part, data = pack_tensor(name, tensor)
             parts.append(part)
-            frames.append(bytes(data))
+            frames += map(bytes, data)
     return m.Forward(**{**_fields(user.job()), "tensors": parts}), frames, digest
 
 
@@ -111,7 +111,7 @@ def test_a_digest_of_other_bytes_harms_its_session_alone(scene: RanksScene, user
         for name, tensor in inputs.items()
     ]
     liar = m.Forward(**{**_fields(user.job()), "tensors": [part for part, _ in pairs]})
-    assert isinstance(send(user, liar, [bytes(data) for _, data in pairs]), m.Output)
+    assert isinstance(send(user, liar, [bytes(data) for _, (data,) in pairs]), m.Output)
     with scene.user() as other:
         expected = scene.file("small").alone(inputs)
         assert (other.forward(inputs) - expected).abs().max() < EXACT

@@ -10,6 +10,7 @@ import pytest
 import torch
 from flux_inputs import Inputs, comfy_inputs
 from ranks_scene import EXACT, SMALL, RanksScene, User
+from xdit_sidecar.protocol import limits
 from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.client.deadline import Deadline
 from xdit_sidecar.protocol.errors import (
@@ -251,7 +252,7 @@ def packed(user: User) -> tuple[m.Forward, list[bytes]]:
     """A good job and its frames."""
     pairs = [pack_tensor(name, tensor) for name, tensor in comfy_inputs(SMALL).items()]
     job = msgspec.structs.replace(user.job(), tensors=[part for part, _ in pairs])
-    return job, [bytes(data) for _, data in pairs]
+    return job, [bytes(data) for _, (data,) in pairs]
 
 
 def test_frames_that_are_not_the_tensors(user: User) -> None:
@@ -291,13 +292,21 @@ def test_numbers_out_of_bounds_are_no_message(user: User) -> None:
             send(user, picture, [])
 
 
+def test_a_tensor_of_several_frames(user: User) -> None:
+    inputs = comfy_inputs(SMALL)
+    expected = user.forward(inputs)
+    ballast = torch.zeros(limits.BULK_FRAME + 1, dtype=torch.uint8)
+    found = user.forward({"ballast": ballast, **inputs})
+    assert torch.equal(found, expected)
+
+
 def test_too_much_at_once_is_refused_here_and_not_by_silence(user: User) -> None:
     inputs = comfy_inputs(SMALL)
-    inputs["x"] = torch.zeros(1, 4, 2100, 2100)
+    inputs["x"] = torch.zeros(1, 4, 4100, 4100)
     with pytest.raises(TooLarge, match="smaller"):
         user.forward(inputs)
     with pytest.raises(TooLarge):
-        user.client.echo([b""] * 16)
+        user.client.echo([b""] * limits.BULK_PARTS)
     assert user.forward(comfy_inputs(SMALL)).isfinite().all()
 
 

@@ -216,8 +216,8 @@ def test_pictures_too_large_to_be_sent_are_refused_before_the_first_step(drawer:
             on_step=lambda step, *_: seen.append(step),
         )
     assert not seen
-    latent = torch.zeros(1, 16, 300, 300)  # 2400 squared, fp32
-    with pytest.raises(TooLarge, match="the image of this job has 69120000 bytes"):
+    latent = torch.zeros(1, 16, 600, 600)  # 4800 squared, fp32
+    with pytest.raises(TooLarge, match="the image of this job has 276480000 bytes"):
         decode(drawer, latent)
 
 

@@ -6,10 +6,10 @@ from ...protocol import limits
 from ...protocol.errors import TooLarge
 
 
-def check_frame(name: str, nbytes: int) -> None:
+def check_output(name: str, nbytes: int) -> None:
     """Raise TooLarge if an output of so many bytes cannot be sent."""
-    if nbytes > limits.BULK_FRAME:
+    if nbytes > limits.JOB_OUTPUT:
         raise TooLarge(
             f"the {name} of this job has {nbytes} bytes, the most that can be sent at once is "
-            f"{limits.BULK_FRAME}: use a smaller batch or picture"
+            f"{limits.JOB_OUTPUT}: use a smaller batch or picture"
         )
