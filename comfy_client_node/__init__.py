@@ -17,5 +17,9 @@ __all__ = ["comfy_entrypoint"]
 async def comfy_entrypoint() -> XDiTExtension:
     """The extension that ComfyUI registers."""
     from .extension import XDiTExtension
+    from .link import log_whereabouts
+    from .panel_routes import register_panel
 
+    log_whereabouts()
+    register_panel()
     return XDiTExtension()

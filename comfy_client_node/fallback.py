@@ -51,16 +51,20 @@ def install_check(
 
     def check(executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider = executor.class_obj
-        problem = find_problem(guider.model_patcher, guider.conds)
+        conds = {kind: [dict(cond) for cond in group] for kind, group in guider.conds.items()}
+        problem = find_problem(guider.model_patcher, conds)
         if problem is None:
-            return executor(*args, **kwargs)
+            try:
+                return executor(*args, **kwargs)
+            except CannotBeRemote as error:  # seen only by a forward
+                problem = error.what
         if on_problem == STOP:
             raise CannotBeRemote(problem)
         tell(node, f"samples in ComfyUI, because the ranks cannot do this: {problem}")
         if not local:
             local.append(load_here())
         remote = guider.model_patcher
-        guider.model_patcher = move_patches(remote, local[0])
+        guider.model_patcher, guider.conds = move_patches(remote, local[0]), conds
         try:
             return executor(*args, **kwargs)
         finally:
@@ -70,10 +74,11 @@ def install_check(
 
 
 def move_patches(source: Any, target: Any) -> Any:
-    """A clone of ``target`` with the LoRAs, options and wrappers of ``source``."""
+    """A clone of ``target`` with the LoRAs, hooks, options and wrappers of ``source``."""
     clone = target.clone()
     clone.patches = {key: list(entries) for key, entries in source.patches.items()}
     clone.patches_uuid = source.patches_uuid
     clone.object_patches = source.object_patches.copy()
     clone.model_options = source.model_options
+    clone.hook_patches, clone.hook_mode = source.hook_patches, source.hook_mode
     return clone

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 
 import comfy.model_management
 
 from ..protocol.client.client import Client
 from ..protocol.client.remote import RemoteRanks
-from ..protocol.errors import SidecarError
+from ..protocol.endpoints import resolve_runtime_dir
+from ..protocol.errors import RanksUnavailable, SidecarError
+
+_log = logging.getLogger("xdit_sidecar.comfyui")
 
 _QUICK_SECONDS = 0.5  # ComfyUI asks for fingerprints before each prompt
 
@@ -41,8 +45,14 @@ class Link:
         return f"{self.boot_id()}:{self.client.orphans}"
 
     def rank_devices(self) -> list[str]:
-        """Where the ranks work. Raises SidecarError."""
-        return list(dict.fromkeys(rank.device for rank in self.client.status().ranks))
+        """Where the ranks work, at least one place. Raises SidecarError."""
+        devices = list(dict.fromkeys(rank.device for rank in self.client.status().ranks))
+        if not devices:
+            raise RanksUnavailable(
+                "the daemon has no ranks, so nothing can be computed there: start it again with "
+                "`xdit-sidecar serve --ranks N`"
+            )
+        return devices
 
 
 _lock = threading.Lock()
@@ -56,6 +66,20 @@ def link() -> Link:
         if _link is None:
             _link = Link()
         return _link
+
+
+def log_whereabouts() -> None:
+    """One line when ComfyUI starts: where the daemon is, or how to get one. Connects to nothing."""
+    try:
+        sockets = resolve_runtime_dir()
+        found = sockets.session.exists()
+    except (SidecarError, OSError) as error:
+        _log.warning("xDiT: %s. %s", error, INSTALL_HINT)
+        return
+    if found:
+        _log.info("xDiT: the daemon's sockets are in %s", sockets.directory)
+    else:
+        _log.warning("xDiT: no daemon in %s yet. %s", sockets.directory, INSTALL_HINT)
 
 
 def stop_if_interrupted() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +276,7 @@ def load_remote_model(
             "dev, schnell, Kontext, Fill, Canny and Depth"
         )
     load_device = comfy.model_management.get_torch_device()
-    weights_dtype = None if config.scaled_fp8 is not None else comfy.utils.weight_dtype(shapes)
+    weights_dtype = None if _is_quantised(shapes) else comfy.utils.weight_dtype(shapes)
     supported = list(config.supported_inference_dtypes)
     chosen = dtype or comfy.model_management.unet_dtype(
         model_params=sum(tensor.numel() for tensor in shapes.values()),
@@ -299,6 +299,11 @@ def load_remote_model(
     return comfy.model_patcher.ModelPatcher(
         base, load_device, comfy.model_management.unet_offload_device(), size=1
     )
+
+
+def _is_quantised(names: Iterable[str]) -> bool:
+    """As a file's tensors tell; where ComfyUI notes it differs from version to version."""
+    return any(name == "scaled_fp8" or name.endswith(".comfy_quant") for name in names)
 
 
 def _needs_nothing(*_: Any, **__: Any) -> int:

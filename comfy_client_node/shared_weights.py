@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import comfy.utils
@@ -32,7 +32,7 @@ class SharedWeights:
         """``module``: what ComfyUI calls the model, a VAE's or text encoders' whole."""
         self._module = module
         self._views: dict[str, torch.Tensor] = {}
-        self._held: list[Attachment] = []
+        self._held: list[tuple[Attachment, str]] = []  # and what its names begin with here
         # Lives and ends with the module, whoever else knows the module.
         object.__setattr__(module, _ATTRIBUTE, self)
 
@@ -45,7 +45,7 @@ class SharedWeights:
     @property
     def attachments(self) -> list[Attachment]:
         """The components that the module's parameters lie in."""
-        return self._held
+        return [attachment for attachment, _ in self._held]
 
     def adopt(self, attachment: Attachment, prefix: str = "") -> None:
         """Point the module's parameters at the component's tensors: ``prefix`` + name each."""
@@ -54,15 +54,24 @@ class SharedWeights:
             key = prefix + name
             if key in parameters:
                 self._views[key] = view
-        self._held.append(attachment)
-        self.restore()
+                comfy.utils.set_attr_param(self._module, key, view)
+        self._held.append((attachment, prefix))
 
-    def restore(self, but: Mapping[str, object] | None = None) -> int:
+    def renew(self, renew: Callable[[Attachment], Attachment]) -> None:
+        """Move to the attachments that ``renew`` gives for those held until now."""
+        renewed = [(renew(attachment), prefix) for attachment, prefix in self._held]
+        held, self._held = self._held, []
+        for attachment, prefix in renewed:
+            self.adopt(attachment, prefix)
+        for attachment, _ in held:
+            attachment.release()
+
+    def restore(self, but: Collection[str] = ()) -> int:
         """Point every parameter at its view again, ``but`` those patched; how many were astray."""
         astray = 0
         parameters = dict(self._module.named_parameters())
         for key, view in self._views.items():
-            if key in (but or {}):
+            if key in but:
                 continue
             if parameters[key].data_ptr() != view.data_ptr():
                 comfy.utils.set_attr_param(self._module, key, view)
@@ -76,10 +85,9 @@ class SharedWeights:
         if view is not None and parameter.data_ptr() == view.data_ptr():
             comfy.utils.set_attr_param(self._module, key, view.clone())
 
-    @property
-    def nbytes(self) -> int:
-        """Of all shared parameters."""
-        return sum(view.nbytes for view in self._views.values())
+    def nbytes_of(self, keys: Iterable[str]) -> int:
+        """Of the shared parameters among ``keys``."""
+        return sum(self._views[key].nbytes for key in keys if key in self._views)
 
 
 def device_name(device: torch.device) -> str:
@@ -131,7 +139,7 @@ def share_file(
     the component is converted once, on its way. Raises SidecarError, UnsupportedModel.
     """
     module = shared._module
-    wanted = {key: value.dtype for key, value in module.named_parameters()}
+    wanted = _wanted_dtypes(module)
     with SafetensorsFile.open(path) as file:
         dtype = _conversion(file, file_prefix, module_prefix, wanted)
         component = ComponentFile(file, role=role, prefix=file_prefix, dtype=dtype)
@@ -164,6 +172,20 @@ def fill_the_rest(module: torch.nn.Module, device: torch.device) -> None:
     for name, buffer in module.named_buffers():
         if buffer.is_meta:
             raise UnsupportedModel(f"this ComfyUI computes {name} when it loads: not supported yet")
+
+
+def _wanted_dtypes(module: torch.nn.Module) -> dict[str, torch.dtype]:
+    """What ComfyUI computes each parameter in.
+
+    Where dynamic VRAM is on, parameters have their file's dtype, as its own patcher converts them
+    when it loads them. Ours never does, so that the regions must have what modules note for it.
+    """
+    found = {}
+    for path, part in module.named_modules():
+        for name, value in part.named_parameters(recurse=False):
+            noted = getattr(part, f"{name}_comfy_model_dtype", None)
+            found[f"{path}.{name}".removeprefix(".")] = noted or value.dtype
+    return found
 
 
 def _conversion(

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ..protocol import messages as m
+from ..protocol.client.attachment import Attachment
 from ..protocol.client.fill import RegionWriter
 from ..protocol.fingerprint import fingerprint_tensors
 from ..protocol.manifest import lay_out
 from ..protocol.regions.views import describe_tensors
 from .link import Link, stop_if_interrupted
-from .shared_patcher import SharedPatcher
+from .shared_patcher import SharedPatcher, patchers_of
 from .shared_weights import ENCODERS, SharedWeights, device_name
 
 _SECONDS = 600.0
+# Files for FLUX.1 lack it, it is not used, and ComfyUI leaves in it whatever the memory held: with
+# it in the digest no two would be the same.
+_WITHOUT_VALUE = {f"{ENCODERS['clip_l']}text_projection.weight"}
 
 
 class CannotBeShared(RuntimeError):
@@ -26,63 +30,73 @@ class CannotBeShared(RuntimeError):
 
 
 def share_vae(link: Link, vae: Any) -> Any:
-    """A VAE object on shared weights; the given one's module is used on."""
+    """The VAE object, now on shared weights."""
     vae.throw_exception_if_invalid()
+    module = vae.first_stage_model
     _check(vae.patcher, "VAE")
-    shared = SharedWeights.of(vae.first_stage_model)
-    if shared is None:
-        shared = SharedWeights(vae.first_stage_model)
-        _hand_over(link, shared, vae.first_stage_model, "vae", "", vae.device)
-    result = copy.copy(vae)
-    result.patcher = SharedPatcher(vae.first_stage_model, vae.device)
-    return result
+    if not _renew(link, module):
+        _share(link, module, {"vae": ""}, vae.device)
+    return vae
 
 
 def share_clip(link: Link, clip: Any) -> Any:
-    """A CLIP object on shared weights; patches (LoRAs) of the given one stay with it."""
-    _check(clip.patcher, "CLIP")
+    """The CLIP object, now on shared weights; its patches (LoRAs) and hooks stay with it."""
     module = clip.cond_stage_model
-    shared = SharedWeights.of(module)
-    if shared is None:
+    _check(clip.patcher, "CLIP")
+    if not _renew(link, module):
         names = [name for name, _ in module.named_parameters()]
         found = {r: p for r, p in ENCODERS.items() if any(n.startswith(p) for n in names)}
         if not found:
             raise CannotBeShared("this CLIP has neither CLIP-L nor T5: it cannot be shared")
-        shared = SharedWeights(module)
-        for role, prefix in found.items():
-            _hand_over(link, shared, module, role, prefix, clip.patcher.load_device)
-    result = clip.clone()
-    patcher = SharedPatcher.of_clip(clip)
-    patcher.patches = {key: list(entries) for key, entries in clip.patcher.patches.items()}
-    patcher.patches_uuid = clip.patcher.patches_uuid
-    result.patcher = patcher
-    return result
+        _share(link, module, found, clip.patcher.load_device)
+    return clip
 
 
 def _check(patcher: Any, what: str) -> None:
+    """Have the plain weights in the module. Raises CannotBeShared."""
     probe = getattr(patcher, "is_dynamic", None)
     if probe is not None and probe():
         raise CannotBeShared(
             f"this {what} lies in ComfyUI's dynamic VRAM, which cannot be shared: load it with "
             f"Load {what} (xDiT), or start ComfyUI with --disable-dynamic-vram"
         )
-    if patcher.backup or patcher.hook_backup:
-        patcher.unpatch_hooks()
-        patcher.unpatch_model(patcher.offload_device)
+    for found in patchers_of(patcher.model):
+        if type(found) not in (ModelPatcher, SharedPatcher):
+            raise CannotBeShared(
+                f"the loader of this {what} looks after its weights in a way of its own "
+                f"({type(found).__name__}): load it with Load {what} (xDiT)"
+            )
+        found.unpatch_model(None)
+
+
+def _renew(link: Link, module: torch.nn.Module) -> bool:
+    """Whether it is shared: then with the daemon of today, which may have been restarted."""
+    shared = SharedWeights.of(module)
+    if shared is not None:
+        shared.renew(partial(link.client.renew, should_cancel=stop_if_interrupted))
+    return shared is not None
+
+
+def _share(
+    link: Link, module: torch.nn.Module, roles: Mapping[str, str], device: torch.device
+) -> None:
+    """Each role's parameters are those whose names begin with its prefix; all of them, or none."""
+    attachments = [
+        (_hand_over(link, module, role, prefix, device), prefix) for role, prefix in roles.items()
+    ]
+    shared = SharedWeights(module)
+    for attachment, prefix in attachments:
+        shared.adopt(attachment, prefix)
+    SharedPatcher.take_over(module)
 
 
 def _hand_over(
-    link: Link,
-    shared: SharedWeights,
-    module: torch.nn.Module,
-    role: str,
-    prefix: str,
-    device: torch.device,
-) -> None:
+    link: Link, module: torch.nn.Module, role: str, prefix: str, device: torch.device
+) -> Attachment:
     tensors = {
         name.removeprefix(prefix): parameter.data
         for name, parameter in module.named_parameters()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and name not in _WITHOUT_VALUE
     }
     component = m.Component(
         fingerprint=fingerprint_tensors(tensors),
@@ -90,14 +104,13 @@ def _hand_over(
         label=f"{role} of a workflow",
         tensors=lay_out(describe_tensors(tensors)),
     )
-    attachment = link.client.hand_over(
+    return link.client.hand_over(
         component,
         device_name(device),
         partial(_fill, tensors),
         timeout=_SECONDS,
         should_cancel=stop_if_interrupted,
     )
-    shared.adopt(attachment, prefix)
 
 
 def _fill(tensors: Mapping[str, torch.Tensor], writer: RegionWriter) -> None:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import fcntl
 import gc
-import logging
 import os
 import resource
 import signal
 import stat
-import sys
 from collections.abc import Iterator
 
 import zmq
 
 from ..protocol.endpoints import Endpoints, RuntimeDirError, why_not_private
+from ..protocol.errors import SidecarError
 from .broker.broker import Broker
 from .broker.log import log
-from .settings import Settings
+from .config import Loaded, make_settings, misspelt_variables
+from .devices import NoDevice
+from .log_output import set_up_log
+from .notify import Notifier
+from .service import LoadConfig, Service
+from .settings import Settings, SettingsError
 
 _OUR_MODES = (0o700, 0o711)
 
@@ -79,13 +84,16 @@ def _take_lock(endpoints: Endpoints) -> int:
         os.close(lock)
 
 
-async def _run(settings: Settings) -> None:
+async def _run(settings: Settings, loaded: Loaded, load: LoadConfig, notifier: Notifier) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     broker = Broker(settings)
+    service = Service(broker, loaded, load, notifier)
+    loop.add_signal_handler(signal.SIGHUP, service.hung_up, stop)
     try:
+        await service.open()
         try:
             broker.start()
         except (OSError, zmq.ZMQError) as error:
@@ -93,24 +101,48 @@ async def _run(settings: Settings) -> None:
                 f"cannot serve in {settings.endpoints.directory}: {error}; see to it that there "
                 "is room and that nothing else lies there, or choose another with --runtime-dir"
             ) from None
+        await service.start()
         log(
             "serving",
             directory=str(settings.endpoints.directory),
             devices=",".join(settings.devices),
             ranks=settings.ranks,
             pid=os.getpid(),
+            configuration=loaded.file or "none",
         )
+        notifier.ready()
         await stop.wait()
         log("stopping")
+        notifier.stopping()
     finally:
+        service.close()
         broker.close()
 
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGTERM, SIGINT or SIGHUP; afterwards nothing of it remains."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    gc.freeze()
-    with exclusive_runtime_dir(settings.endpoints, shared=settings.shared):
-        asyncio.run(_run(settings))
+def serve(load: LoadConfig) -> None:
+    """Serve until SIGTERM or SIGINT; afterwards nothing of it remains.
+
+    ``load`` gives the configuration, now and at each reload. Raises SettingsError, NoDevice and
+    RuntimeDirError.
+    """
+    notifier = Notifier.from_environment()
+    try:
+        loaded = load()
+        set_up_log(loaded.config.log_level)
+        # What a watchdog or a crash interrupts is then in the log, if that is a file.
+        with contextlib.suppress(OSError):
+            faulthandler.enable()
+        for text in misspelt_variables():
+            log("setting-ignored", "warning", reason=text)
+        notifier.status("starting: looking for devices")
+        settings = make_settings(loaded.config)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        gc.freeze()
+        with exclusive_runtime_dir(settings.endpoints, shared=settings.shared):
+            asyncio.run(_run(settings, loaded, load, notifier))
+    except (SettingsError, NoDevice, SidecarError) as error:
+        notifier.status(f"failed: {error}")
+        raise
+    finally:
+        notifier.close()

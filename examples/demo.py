@@ -103,7 +103,8 @@ def run(report: Report, wanted: str, cache: Path) -> None:
         proof.show(report, [survivor, holder])
 
         survivor.process.stop()
-        draw(report, daemon, newcomer, transformer, cache / "picture.png")
+        draw(report, daemon, newcomer, transformer)
+        draw_digits(report, daemon, newcomer, cache / "picture.png")
         whole = hand_over([newcomer], [*files, transformer])[0]
         ranks = {rank.pid: f"rank {rank.rank}" for rank in daemon.status().ranks if rank.pid}
         proof.show_ranks(report, whole, ranks)
@@ -113,22 +114,30 @@ def run(report: Report, wanted: str, cache: Path) -> None:
         proof.show_end(report)
 
 
-def draw(
-    report: Report, daemon: Daemon, client: ClientProcess, transformer: WeightsFile, out: Path
-) -> None:
+def draw(report: Report, daemon: Daemon, client: ClientProcess, transformer: WeightsFile) -> None:
     """The client brings the transformer, the ranks draw."""
     (holder,) = hand_over([client], [transformer])
     show_hand_over(report, [holder])
-    out.unlink(missing_ok=True)
-    client.send(do="draw", out=str(out))
+    client.send(do="draw")
     times: dict[str, float] = client.receive()
     ranks = daemon.status().ranks
     rows = [[what, ms(seconds)] for what, seconds in times.items()]
     report.table(f"A picture of 256 x 256 pixels by {len(ranks)} ranks", ["part", "took"], rows)
-    report.check(
-        out.is_file() and all(rank.starts == 1 for rank in ranks),
-        f"the picture is in {out} (random weights draw noise)",
-    )
+    check_ranks(report, daemon, "it was drawn (random weights draw noise, so it is not kept)")
+
+
+def draw_digits(report: Report, daemon: Daemon, client: ClientProcess, out: Path) -> None:
+    """The client brings a small model that was trained, the ranks draw the ten digits."""
+    out.unlink(missing_ok=True)
+    client.send(do="draw digits", out=str(out))
+    seconds: float = client.receive()
+    report.check(out.is_file(), f"ten handwritten digits, in {ms(seconds)}, are in {out}")
+    check_ranks(report, daemon, "no rank had to be started again")
+
+
+def check_ranks(report: Report, daemon: Daemon, what: str) -> None:
+    """Check that the ranks that drew are those that were started at first."""
+    report.check(all(rank.starts == 1 for rank in daemon.status().ranks), what)
 
 
 def choose_device(report: Report, status: m.Status, wanted: str) -> m.DeviceStatus:

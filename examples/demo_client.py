@@ -12,8 +12,8 @@ import time
 
 import numpy
 import torch
+from demo_digits import draw_sheet
 from demo_processes import HandedOver
-from PIL import Image
 from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.client.attachment import Attachment
 from xdit_sidecar.protocol.client.client import Client
@@ -72,10 +72,9 @@ def hand_over(client: Client, device: str, role: str, path: str) -> tuple[Attach
 
 
 def draw(
-    client: Client, device: str, attachments: dict[str, Attachment], path: str
+    remote: RemoteRanks, compute: m.ComputeDtype, attachments: dict[str, Attachment]
 ) -> dict[str, float]:
-    """A picture by the ranks, saved as PNG; seconds that each part took."""
-    remote = RemoteRanks(client)
+    """A picture by the ranks, which random weights make noise; seconds that each part took."""
     remote.wait_until_ready()
     ends: list[float] = []
     generator = torch.Generator().manual_seed(3)
@@ -87,18 +86,15 @@ def draw(
     job = m.Generate(
         components={role: held.component.fingerprint for role, held in attachments.items()},
         tensors=[],
-        compute="F32" if device == "cpu" else "BF16",
+        compute=compute,
         width=256,
         height=256,
         steps=8,
         seed=3,
     )
     start = time.perf_counter()
-    image = remote.run(job, tokens, on_step=lambda *_: ends.append(time.perf_counter()))["image"]
+    remote.run(job, tokens, on_step=lambda *_: ends.append(time.perf_counter()))
     end = time.perf_counter()
-    pixels = (image[0] * 255).round().byte().contiguous()
-    height, width, _ = pixels.shape
-    Image.frombytes("RGB", (width, height), pixels.numpy().tobytes()).save(path)
     return {
         "text": ends[0] - start,
         "first step": ends[1] - ends[0],
@@ -117,8 +113,10 @@ def main() -> None:
     arguments = parser.parse_args()
     warm_up(arguments.device)
     attachments: dict[str, Attachment] = {}
+    compute: m.ComputeDtype = "F32" if arguments.device == "cpu" else "BF16"
     with Client(arguments.runtime_dir, name=arguments.name, host="make demo") as client:
         client.ping()
+        remote = RemoteRanks(client)
         answer: object = {"torch": torch.__version__}
         print(json.dumps(answer), flush=True)
         for line in sys.stdin:
@@ -128,8 +126,15 @@ def main() -> None:
                     for role, path in files:
                         attachments[role], report = hand_over(client, arguments.device, role, path)
                         answer.append(report)
-                case {"do": "draw", "out": out}:
-                    answer = draw(client, arguments.device, attachments, out)
+                case {"do": "draw"}:
+                    answer = draw(remote, compute, attachments)
+                case {"do": "draw digits", "out": out}:
+                    answer = draw_sheet(
+                        remote,
+                        compute,
+                        lambda role, path: hand_over(client, arguments.device, role, path)[0],
+                        out,
+                    )
                 case {"do": "use"}:
                     answer = {
                         role: sum(map(byte_sum, attachment.tensors().values()))

@@ -19,7 +19,7 @@ from xdit_sidecar.protocol.client.client import Client
 from xdit_sidecar.protocol.errors import DaemonAbsent
 
 _START_SECONDS = 60.0
-_STOP_SECONDS = 15.0
+_STOP_SECONDS = 60.0
 
 
 class DemoFailed(Exception):

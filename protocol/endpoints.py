@@ -7,6 +7,7 @@ network.
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from .errors import SidecarError
 
 RUNTIME_DIR_VARIABLE = "XDIT_SIDECAR_RUNTIME_DIR"
+SYSTEM_DIRECTORY = "/run/xdit-sidecar"  # only root can make it: of the host's daemon
 
 # sizeof(sockaddr_un.sun_path) less the closing zero.
 _LONGEST_SOCKET_PATH = 107
@@ -57,7 +59,7 @@ def zmq_address(path: Path) -> str:
 
 
 def resolve_runtime_dir(given: str | os.PathLike[str] | None = None) -> Endpoints:
-    """The directory that is meant, whether or not it exists.
+    """The directory that a daemon serves, whether or not it exists.
 
     In this order: ``given``, ``$XDIT_SIDECAR_RUNTIME_DIR``, ``$XDG_RUNTIME_DIR/xdit-sidecar``, and
     ``/run/xdit-sidecar`` for root. Raises :class:`RuntimeDirError` when none applies or the path
@@ -71,7 +73,7 @@ def resolve_runtime_dir(given: str | os.PathLike[str] | None = None) -> Endpoint
         if base := os.environ.get("XDG_RUNTIME_DIR"):
             given = Path(base) / "xdit-sidecar"
         elif os.geteuid() == 0:
-            given = "/run/xdit-sidecar"
+            given = SYSTEM_DIRECTORY
         else:
             raise RuntimeDirError(
                 "no runtime directory: XDG_RUNTIME_DIR is not set (a login session sets it); "
@@ -85,6 +87,43 @@ def resolve_runtime_dir(given: str | os.PathLike[str] | None = None) -> Endpoint
             f"{longest - _LONGEST_SOCKET_PATH} bytes: choose a shorter one with --runtime-dir"
         )
     return endpoints
+
+
+def client_places(given: str | os.PathLike[str] | None = None) -> tuple[Endpoints, ...]:
+    """Where a client looks for a daemon, the strongest first.
+
+    ``given`` or ``$XDIT_SIDECAR_RUNTIME_DIR`` alone where there is one; else that of the account's
+    own daemon (``$XDG_RUNTIME_DIR``, or ``/run/user/UID`` for services, which have no such
+    variable), then the host's. Raises :class:`RuntimeDirError`.
+    """
+    if given is not None or os.environ.get(RUNTIME_DIR_VARIABLE):
+        return (resolve_runtime_dir(given),)
+    host = resolve_runtime_dir(SYSTEM_DIRECTORY)
+    if os.environ.get("XDG_RUNTIME_DIR"):
+        return resolve_runtime_dir(), host
+    login = Path(f"/run/user/{os.geteuid()}")
+    return (resolve_runtime_dir(login / "xdit-sidecar"), host) if login.is_dir() else (host,)
+
+
+def find_daemon(places: tuple[Endpoints, ...]) -> Endpoints:
+    """The first place where something listens; else where we may not knock; else the first."""
+    if len(places) == 1:
+        return places[0]
+    closed = []
+    for place in places:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as knock:
+            knock.setblocking(False)
+            try:
+                knock.connect(str(place.session))
+            except PermissionError:
+                closed.append(place)
+                continue
+            except BlockingIOError:  # many wait there already
+                pass
+            except OSError:  # nothing there, or left behind by a daemon that is gone
+                continue
+            return place
+    return (closed or places)[0]
 
 
 def why_not_private(path: Path, *, owner: int, loosest: int) -> str | None:

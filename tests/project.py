@@ -45,6 +45,14 @@ def package_files() -> list[Path]:
     return [path for path in files() if path.suffix == ".py" and path.parts[0] not in NOT_PACKAGE]
 
 
+def data_files() -> list[Path]:
+    """What is part of the package without being Python, relative to the root."""
+    loose = {Path(n) for n in ("py.typed", "LICENSE", "pyproject.toml", "requirements.txt")}
+    names = ("locales", "example_workflows", "comfy_client_node/web", "systemd")
+    folders = [Path(name) for name in names]
+    return [path for path in files() if path in loose or any(f in path.parents for f in folders)]
+
+
 def packages_on_disk() -> set[str]:
     """Import names of the folders of the package that have an __init__.py."""
     folders = (path.parent for path in package_files() if path.name == "__init__.py")

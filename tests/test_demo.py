@@ -11,6 +11,9 @@ from pathlib import Path
 
 import project
 import pytest
+import torch
+from digits_scene import reader
+from PIL import Image
 from platforms import Platform
 
 pytestmark = pytest.mark.timeout(300)
@@ -33,6 +36,15 @@ def run_demo(cache: Path, platform: Platform, **environment: str) -> tuple[int, 
     return done.returncode, done.stdout
 
 
+def read_sheet(path: Path) -> list[int]:
+    """The digits on the demo's sheet: two rows of five, 128 pixels each and 8 between them."""
+    with Image.open(path) as image:
+        size, data = image.size, image.convert("RGB").tobytes()
+    sheet = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(size[1], size[0], 3) / 255
+    corners = [(row, column) for row in (8, 144) for column in range(8, 688, 136)]
+    return reader().read(torch.stack([sheet[y : y + 128, x : x + 128] for y, x in corners]))
+
+
 def test_the_demo_measures_one_copy_twice_in_a_row(platform: Platform, tmp_path: Path) -> None:
     cache, temporary = tmp_path / "cache", tempfile.mkdtemp(prefix="xd-", dir="/tmp")
     try:
@@ -49,6 +61,8 @@ def test_the_demo_measures_one_copy_twice_in_a_row(platform: Platform, tmp_path:
             assert "\x1b" not in text  # plain where it is no terminal
             assert "WRONG" not in text
             assert not os.listdir(temporary)
+            read = read_sheet(cache / "picture.png")
+            assert sum(a == b for a, b in enumerate(read)) >= 9, read
         assert sorted(path.name for path in cache.iterdir()) == [
             "ae.safetensors",
             "clip_l.safetensors",

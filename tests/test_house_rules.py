@@ -257,7 +257,8 @@ def test_wheel_has_the_package_and_nothing_else(tmp_path: Path) -> None:
         metadata = archive.read(f"xdit_sidecar-{root_version()}.dist-info/METADATA").decode()
     info = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     expected = {f"{project.PACKAGE}/{path}" for path in project.package_files()}
-    assert names - info == expected | {f"{project.PACKAGE}/py.typed"}
+    expected |= {f"{project.PACKAGE}/{path}" for path in project.data_files()}
+    assert names - info == expected
     assert any(name.endswith("/LICENSE") for name in info)
     assert not [name for name in names if "test" in name]
     assert f"Version: {root_version()}\n" in metadata

@@ -19,7 +19,7 @@ def refused(daemon: DaemonProcess, match: str, status: int) -> None:
     assert not [path for path in daemon.runtime_dir.iterdir() if not path.is_dir()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_each_way_to_stop_is_clean(tmp_path: Path, number: int) -> None:
     with running_daemon(tmp_path, "--ranks", "1") as daemon:
         assert daemon.process is not None

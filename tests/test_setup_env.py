@@ -168,3 +168,47 @@ def test_versions_are_read_from_one_file(setup_env: ModuleType) -> None:
 def test_every_extra_is_installed(setup_env: ModuleType) -> None:
     described = project.pyproject()["project"]["optional-dependencies"]
     assert sorted(setup_env.EXTRAS) == sorted(described)
+
+
+@pytest.mark.parametrize(
+    ("uid", "present", "asked"),
+    [
+        (0, {"apt-get"}, ["update", "install"]),
+        (0, {"apt-get", "chromium"}, ["update", "install"]),
+        (0, {"apt-get", "chromium", "chromedriver"}, []),
+        (1000, {"apt-get"}, []),
+        (0, set(), []),
+    ],
+    ids=["missing", "no driver", "there", "not root", "not Debian"],
+)
+def test_browser_is_installed_where_it_may_be(
+    setup_env: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    uid: int,
+    present: set[str],
+    asked: list[str],
+) -> None:
+    commands = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(next(word for word in command if word in ("update", "install")))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(setup_env.os, "geteuid", lambda: uid)
+    monkeypatch.setattr(setup_env.shutil, "which", lambda name: name if name in present else None)
+    monkeypatch.setattr(setup_env.subprocess, "run", run)
+    setup_env.provide_browser()
+    assert commands == asked
+
+
+def test_no_browser_is_no_failure(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 100, "", "E: no network")
+
+    monkeypatch.setattr(setup_env.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(setup_env.shutil, "which", lambda name: name if name == "apt-get" else None)
+    monkeypatch.setattr(setup_env.subprocess, "run", run)
+    setup_env.provide_browser()
+    assert "E: no network" in capsys.readouterr().out

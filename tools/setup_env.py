@@ -9,6 +9,9 @@ Which torch it takes:
 Builds for one particular CUDA version, and for none, are at PyTorch's own index. Where that cannot
 be reached, the tested version comes from pip's configured index, and a warning says so if that
 turns out to be the wrong build. Nothing is done when .venv is already what it should be.
+
+The tests of the status panel need Chromium. As root on Debian it is installed where it is missing;
+elsewhere those tests are skipped and say what to install.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ OLDEST_PYTHON = (3, 11)
 TORCH_INDEX = "https://download.pytorch.org/whl"
 CUDA_BUILDS = ("13.2", "13.0", "12.9", "12.8", "12.6", "12.4")  # newest first
 EXTRAS = ("daemon", "test", "comfyui", "dev")  # of pyproject.toml; all of them
+BROWSER = ("chromium", "chromedriver")  # programs
+BROWSER_PACKAGES = ("chromium", "chromium-driver")  # of Debian
 PROBE_TIMEOUT = 3.0  # seconds; an unreachable index must not hold up an offline machine
 
 
@@ -179,6 +184,23 @@ def check_torch(driver: tuple[int, int] | None) -> None:
         )
 
 
+def provide_browser() -> None:
+    """Chromium for the tests of the status panel, where this may install it."""
+    if all(map(shutil.which, BROWSER)) or os.geteuid() != 0 or not shutil.which("apt-get"):
+        return
+    say("installing Chromium, for the tests of the status panel")
+    apt = ["apt-get", "-qq", "-o", "Dpkg::Use-Pty=0"]
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "-y", "--no-install-recommends", *BROWSER_PACKAGES]):
+        answer = subprocess.run(
+            [*apt, *command], capture_output=True, text=True, check=False, env=environment
+        )
+        if answer.returncode != 0:
+            problem = (answer.stderr.strip() or answer.stdout.strip()).splitlines()
+            say(f"warning: no Chromium, so those tests will be skipped: {problem[-1:]}")
+            return
+
+
 def set_up() -> None:
     wanted = fingerprint()
     make_venv()
@@ -201,6 +223,7 @@ def set_up() -> None:
     package = f".[{','.join(EXTRAS)}]"
     pip_install("--no-build-isolation", "-c", constraints, *extra, "-e", package)
     check_torch(driver)
+    provide_browser()
     STAMP.write_text(wanted)
     say("done")
 

@@ -43,6 +43,7 @@ from .rank_group import RankGroup
 from .report import build_status
 from .router import Router
 from .sessions import Session, Sessions
+from .tally import Tally
 
 _TICK_SECONDS = 1.0
 _ROOM_SECONDS = 10.0
@@ -62,6 +63,7 @@ class Broker:
         self.keepers = {device: self._keeper_link(device) for device in settings.devices}
         self.group = self._rank_group()
         self.service = JobService(self, self.group)
+        self.tally = Tally()
         self._orders = DeviceOrders()
         self._routes: dict[e.Asker, tuple[Router, bytes]] = {}  # where open requests came from
 
@@ -110,6 +112,19 @@ class Broker:
         self._ticker = self._loop.call_later(_TICK_SECONDS, self._tick)
         self._opened.callback(lambda: self._ticker.cancel())
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Use another budget, reserve and idle time from now on; ranks from their next start on."""
+        self.settings = settings
+        self.catalog.idle_seconds = settings.idle_seconds
+        self.group.reserve = settings.reserve
+        for device, keeper in self.keepers.items():
+            if keeper.state == "ready" and keeper.report is not None:
+                self.handle(e.KeeperReady(device, self._budget(keeper.report)))
+
+    def status(self) -> m.Status:
+        """The state of everything, now."""
+        return build_status(self)
+
     def close(self) -> None:
         """End sessions, children and sockets; nothing remains."""
         self._opened.close()
@@ -125,15 +140,17 @@ class Broker:
 
     def _keeper_link(self, device: str) -> KeeperLink:
         def ready(report: k.DeviceReport) -> None:
-            most = max(0, report.total - self.settings.reserve)
-            budget = most if self.settings.budget is None else min(most, self.settings.budget)
-            self.handle(e.KeeperReady(device, budget))
+            self.handle(e.KeeperReady(device, self._budget(report)))
 
         def lost() -> None:
             self._orders.forget(device)  # before the catalog gives new ones
             self.handle(e.KeeperLost(device))
 
         return KeeperLink(device, on_ready=ready, on_lost=lost)
+
+    def _budget(self, report: k.DeviceReport) -> int:
+        most = max(0, report.total - self.settings.reserve)
+        return most if self.settings.budget is None else min(most, self.settings.budget)
 
     def _rank_group(self) -> RankGroup:
         settings = self.settings
@@ -167,7 +184,7 @@ class Broker:
     def session_ended(self, session: Session) -> None:
         """A stream is gone: its leases end, its requests are forgotten."""
         for request in session.requests:
-            self._routes.pop(e.Asker(session.name, request), None)
+            self._forget(e.Asker(session.name, request))
         self.service.session_ended(session.name)
         self.handle(e.SessionEnded(session.name))
 
@@ -207,17 +224,21 @@ class Broker:
                 raise BadMessage("a request with this id is open: cancel it under another id")
             asker = e.Asker(session.name, request.id)
             self._routes[asker] = (router, route)
+            self.tally.begin(asker, request.body, peer.pid)
             self._perform(session, asker, request.body, frames[1:])
         except SidecarError as error:
             failed = m.failed_answer(error)
             if asker is not None:
                 self.answer(asker, failed)
             else:
-                log("request-refused", "warning", uid=peer.uid, pid=peer.pid, code=error.code)
+                facts = {"uid": peer.uid, "pid": peer.pid, "request": request_id}
+                log("request-refused", "warning", facts, code=error.code)
                 answer = m.Answer(request_id or _read_id(frames), failed)
                 router.send(route, [codec.encode(answer)])
         except Exception:  # noqa: BLE001  one bad request must not end the daemon
-            logger.exception("request-broke uid=%d pid=%d", peer.uid, peer.pid)
+            logger.exception(
+                "request-broke uid=%d pid=%d request=%d", peer.uid, peer.pid, request_id
+            )
             if asker is not None:
                 self.answer(asker, m.failed_answer(Internal("the daemon failed: see its log")))
 
@@ -247,7 +268,7 @@ class Broker:
             case m.Ping():
                 self.answer(asker, m.Pong(self.boot_id))
             case m.GetStatus():
-                self.answer(asker, build_status(self))
+                self.answer(asker, self.status())
             case m.HandOver(device=device, component=component, progress=progress):
                 self.handle(
                     e.HandOverAsked(
@@ -272,7 +293,7 @@ class Broker:
                 self.handle(e.EvictAsked(asker, key(device, fingerprint)))
             case m.CancelRequest(request):
                 cancelled = e.Asker(session.name, request)
-                self._routes.pop(cancelled, None)
+                self._forget(cancelled)
                 session.requests.discard(request)
                 self.service.cancel(cancelled)
                 self.handle(e.RequestCancelled(cancelled))
@@ -293,12 +314,18 @@ class Broker:
         router, route = self._routes.pop(asker, (None, b""))
         if router is None:
             return
+        self.tally.answered(asker, body)
         if (session := self.sessions.open.get(asker.session)) is not None:
             session.requests.discard(asker.request)
         delivered = router.send(route, [codec.encode(m.Answer(asker.request, body)), *frames])
         if not delivered and isinstance(body, m.Fill | m.Attached):
             # Later: this may be in the middle of carrying out what the catalog wants.
             self._loop.call_soon(self.handle, e.RequestCancelled(asker))
+
+    def _forget(self, asker: e.Asker) -> None:
+        """Nobody waits for this answer any more."""
+        self._routes.pop(asker, None)
+        self.tally.given_up(asker)
 
     def answer_step(self, asker: e.Asker, body: m.Step | m.Filling, frames: Frames = ()) -> None:
         """Tell an asker how far it is; the answer follows."""

@@ -56,7 +56,7 @@ class Catalog:
         self._current: dict[e.Key, Copy] = {}  # allocating … resident
         self._lease_regions: dict[str, str] = {}
         self._held: dict[str, set[str]] = {}  # leases by session
-        self._idle_seconds = idle_seconds
+        self.idle_seconds = idle_seconds
         self._new_id = new_id
 
     # --- what others may ask
@@ -420,10 +420,10 @@ class Catalog:
             yield from self._drop(copy, "request", confirm=asker)
 
     def _evict_idle(self, now: float) -> Iterator[e.Instruction]:
-        if not self._idle_seconds:
+        if not self.idle_seconds:
             return
         for copy in list(self._evictable()):
-            if now - copy.last_used >= self._idle_seconds:
+            if now - copy.last_used >= self.idle_seconds:
                 yield from self._drop(copy, "idle")
 
     def _evictable(self, device: str | None = None) -> Iterator[Copy]:

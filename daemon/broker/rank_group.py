@@ -52,7 +52,7 @@ class RankGroup:
         self.links: list[RankLink] = []
         self.deadline = deadline
         self._runtime_dir = runtime_dir
-        self._reserve = reserve
+        self.reserve = reserve
         self._deliver = deliver
         self._on_lost = on_lost
         self._on_change = on_change
@@ -174,7 +174,7 @@ class RankGroup:
             arguments=[
                 *("--world-size", str(len(self.devices)), "--backend", self.backend),
                 *("--deadline", str(self.deadline), "--runtime-dir", str(self._runtime_dir)),
-                *("--meeting-file", str(self._meeting_file), "--reserve", str(self._reserve)),
+                *("--meeting-file", str(self._meeting_file), "--reserve", str(self.reserve)),
                 *("--neighbours", str(self.devices.count(device))),
             ],
             deliver=self._deliver,

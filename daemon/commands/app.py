@@ -12,11 +12,14 @@ from ...protocol.errors import SidecarError
 from ..devices import NoDevice
 from ..settings import SettingsError
 from . import exit_status
+from .config import config_command
 from .generate import generate_command
 from .ipc import ipc
 from .load import load_command, unload_command
+from .node import node
 from .plan import plan_command
 from .serve import serve_command
+from .service import service
 from .status import status_command
 
 app = typer.Typer(
@@ -32,7 +35,10 @@ app.command("load")(load_command)
 app.command("unload")(unload_command)
 app.command("generate")(generate_command)
 app.command("plan")(plan_command)
+app.command("config")(config_command)
 app.add_typer(ipc)
+app.add_typer(service)
+app.add_typer(node)
 
 
 def _print_version(wanted: bool) -> None:

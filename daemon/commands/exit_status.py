@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...protocol.endpoints import RuntimeDirError
 from ...protocol.errors import DaemonAbsent, SidecarError
+from ..comfyui_folder import NotComfyUI
 
 HEALTHY = 0
 FAILED = 1
@@ -16,6 +17,6 @@ def of_error(error: SidecarError) -> int:
     match error:
         case DaemonAbsent():
             return NO_DAEMON
-        case RuntimeDirError():
+        case RuntimeDirError() | NotComfyUI():
             return USAGE
     return FAILED

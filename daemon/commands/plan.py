@@ -23,8 +23,7 @@ from ..models.memory import TOKEN_PIXELS
 from ..models.plan import Plan, Request, make_plan
 from . import exit_status
 from .console import make_console, make_table
-from .options import Json
-from .serve import parse_bytes
+from .options import Json, parse_bytes
 
 _LARGEST_SIDE = 16384
 _ASSUMED = "assumed GPU"

@@ -3,90 +3,108 @@
 from __future__ import annotations
 
 import os
-import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ...protocol.endpoints import resolve_runtime_dir
-from ..devices import choose_devices
+from ...protocol.errors import DeviceUnavailable
+from ..config import Loaded, load_config
+from ..devices import NoDevice
 from ..serve import serve
-from ..settings import Settings
-from .options import RuntimeDir
-
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+from .options import ConfigFile
 
 # torch's allocator settings that ComfyUI makes for itself and its children: with cudaMallocAsync
 # ranks could not use CUDA IPC the other way round.
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes of "512M", "6GiB" or a plain number. Raises typer.BadParameter."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is no size; write for example 512M or 6GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+def _flag(metavar: str, text: str) -> typer.models.OptionInfo:
+    """A setting: its text is read in :mod:`..config`, as that of every other source."""
+    option: typer.models.OptionInfo = typer.Option(metavar=metavar, help=text, show_default=False)
+    return option
 
 
 def serve_command(
     device: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|cpu|cuda|UUID[,UUID]", help="Devices to serve; host memory is always one."
+        str | None,
+        _flag(
+            "auto|cpu|cuda|UUID[,UUID]",
+            "Devices to serve; host memory is always one. [default: auto]",
         ),
-    ] = "auto",
-    ranks: Annotated[int, typer.Option(min=0, max=64, help="Rank processes to keep.")] = 0,
+    ] = None,
+    ranks: Annotated[
+        str | None, _flag("NUMBER", "Rank processes to keep, 64 at most. [default: 0]")
+    ] = None,
     deadline: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS",
-            min=1,
-            help="How long one step of the ranks may take before they are restarted.",
+        str | None,
+        _flag(
+            "SECONDS",
+            "How long one step of the ranks may take before they are restarted. [default: 60]",
         ),
-    ] = 60.0,
+    ] = None,
     budget: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_bytes,
-            metavar="SIZE",
-            help="Most that components may take per device. [default: all but the reserve]",
-            show_default=False,
-        ),
+        str | None,
+        _flag("SIZE", "Most that components may take per device. [default: all but the reserve]"),
     ] = None,
     reserve: Annotated[
-        int,
-        typer.Option(parser=parse_bytes, metavar="SIZE", help="Stays free on each device."),
-    ] = "512M",  # type: ignore[assignment]  # parsed like a given value
+        str | None, _flag("SIZE", "Stays free on each device. [default: 512M]")
+    ] = None,
     idle: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS",
-            min=0,
-            help="Evict a component that nobody has used for so long; 0 keeps it until room is "
-            "needed.",
-        ),
-    ] = 0.0,
-    trust_uid: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="UID", min=0, help="Another account that may use and share components."
+        str | None,
+        _flag(
+            "SECONDS",
+            "Evict a component that nobody has used for so long; 0 keeps it until room is "
+            "needed. [default: 0]",
         ),
     ] = None,
-    runtime_dir: RuntimeDir = None,
+    trust_uid: Annotated[
+        list[str] | None,
+        _flag("UID", "Another account that may use and share components; may be repeated."),
+    ] = None,
+    runtime_dir: Annotated[
+        str | None,
+        _flag(
+            "DIR",
+            "Where the daemon's sockets lie. "
+            "[default: $XDG_RUNTIME_DIR/xdit-sidecar, or /run/xdit-sidecar for root]",
+        ),
+    ] = None,
+    log_level: Annotated[
+        str | None, _flag("debug|info|warning|error", "What is logged. [default: info]")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        _flag(
+            "unix:PATH|127.0.0.1:PORT",
+            "Serve Prometheus metrics to this host. [default: not at all]",
+        ),
+    ] = None,
+    config: ConfigFile = None,
 ) -> None:
-    """Run the daemon in the foreground until SIGTERM or Ctrl-C."""
+    """Run the daemon in the foreground until SIGTERM or Ctrl-C; SIGHUP reloads its settings."""
     for name in _ALLOCATOR_VARIABLES:
         os.environ.pop(name, None)
-    serve(
-        Settings(
-            endpoints=resolve_runtime_dir(runtime_dir),
-            devices=choose_devices(device),
-            ranks=ranks,
-            deadline=deadline,
-            budget=budget,
-            reserve=reserve,
-            idle_seconds=idle,
-            trusted_uids=frozenset(trust_uid or ()),
-        )
-    )
+    flags: dict[str, str | list[str] | None] = {
+        "device": device,
+        "ranks": ranks,
+        "deadline": deadline,
+        "budget": budget,
+        "reserve": reserve,
+        "idle": idle,
+        "trust-uid": trust_uid or None,
+        "runtime-dir": runtime_dir,
+        "log-level": log_level,
+        "metrics": metrics,
+    }
+    # A reload may come when the daemon's directory is no longer what this one is.
+    file = Path(os.path.abspath(config)) if config is not None else None
+
+    def load() -> Loaded:
+        return load_config(flags, file=file)
+
+    try:
+        serve(load)
+    except NoDevice as error:
+        # No wrong usage: it may be there later, so a service is to try again.
+        raise DeviceUnavailable(str(error)) from None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Annotated
+
 import msgspec
 import typer
 from rich.console import Console
@@ -15,16 +18,30 @@ from ...protocol.health.units import human_age, human_bytes
 from . import exit_status
 from .console import make_console, make_table
 from .options import Json, RuntimeDir
+from .watch import watch_status
 
+_BAR = 16  # characters
 _SHOWN_DIGEST = 12  # digits of a fingerprint
 
 
-def status_command(json: Json = False, runtime_dir: RuntimeDir = None) -> None:
+def status_command(
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")
+    ] = False,
+    every: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, max=3600, help="With --watch: how often.")
+    ] = 1.0,
+    json: Json = False,
+    runtime_dir: RuntimeDir = None,
+) -> None:
     """What is resident, where, how big, and who shares it.
 
     Exit status: 0 healthy, 1 a device or rank failed or the daemon refuses, 2 wrong usage,
-    3 no daemon.
+    3 no daemon. With --watch 0, and a daemon that is gone is waited for.
     """
+    if watch:
+        watch_status(runtime_dir, every, json=json)
+        return
     try:
         with Client(runtime_dir, name="status") as client:
             status = client.status()
@@ -44,23 +61,30 @@ def status_command(json: Json = False, runtime_dir: RuntimeDir = None) -> None:
 
 def print_status(console: Console, status: m.Status, own: str | None = None) -> None:
     """Tables for people. ``own`` is the session that asked, which is left out."""
-    console.print(
+    for part in describe_status(status, own, bars=console.is_terminal):
+        console.print(part, highlight=False, markup=False)
+
+
+def describe_status(
+    status: m.Status, own: str | None = None, *, bars: bool = False
+) -> Iterator[Table | str]:
+    """The parts of a status from top to bottom, with ``bars`` for what is being loaded."""
+    yield (
         f"xdit-sidecar {status.daemon}, protocol {status.protocol}, pid {status.pid}, "
-        f"uid {status.uid}, up {human_age(status.uptime_seconds)}",
-        highlight=False,
+        f"uid {status.uid}, up {human_age(status.uptime_seconds)}"
     )
     sessions = [session for session in status.sessions if session.session != own]
-    tables = [_devices(status.devices), _components(status), _sessions(sessions)]
+    tables = [_devices(status.devices), _components(status, bars=bars), _sessions(sessions)]
     if status.group is not None:
         tables.append(_ranks(status.ranks, status.group))
     for table in tables:
-        console.print()
-        console.print(table, highlight=False, markup=False)
+        yield ""
+        yield table
         if not table.row_count:
-            console.print("none")
+            yield "none"
     for session in sessions:
         for line in session.meaning:
-            console.print(f"{session.session}: {line}", highlight=False, markup=False)
+            yield f"{session.session}: {line}"
 
 
 def _devices(devices: list[m.DeviceStatus]) -> Table:
@@ -82,7 +106,7 @@ def _devices(devices: list[m.DeviceStatus]) -> Table:
     return table
 
 
-def _components(status: m.Status) -> Table:
+def _components(status: m.Status, *, bars: bool) -> Table:
     users = {s.session: f"{s.session}({s.hello.host or s.hello.name})" for s in status.sessions}
     table = make_table(
         "Components", "role", "label", "device", ">size", "state", "shared by", ">idle", "content"
@@ -96,7 +120,7 @@ def _components(status: m.Status) -> Table:
             component.label,
             component.device,
             human_bytes(component.nbytes),
-            _state(component),
+            _state(component, bar=bars),
             sharers or "nobody",
             "" if idle is None else human_age(idle),
             f"{kind}:{digest[:_SHOWN_DIGEST]}",
@@ -104,9 +128,11 @@ def _components(status: m.Status) -> Table:
     return table
 
 
-def _state(component: m.ComponentStatus) -> str:
+def _state(component: m.ComponentStatus, *, bar: bool) -> str:
     if component.state == "filling" and component.filled:
-        return f"filling {component.filled * 100 // component.nbytes} %"
+        done = min(1.0, component.filled / component.nbytes)
+        drawn = "━" * int(done * _BAR)
+        return f"filling {int(done * 100)} %" + (f" {drawn:─<{_BAR}}" if bar else "")
     return component.state
 
 

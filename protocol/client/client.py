@@ -40,7 +40,9 @@ _log = logging.getLogger("xdit_sidecar.client")
 Fill = Callable[[RegionWriter], None]
 Body = TypeVar("Body")
 
-_RETRY_SECONDS = 15.0  # how long a daemon or keeper may take to come back during one hand-over
+# How long a daemon, or a keeper, may take to come back during one hand-over.
+_DAEMON_SECONDS = 2.5
+_RETRY_SECONDS = 15.0
 _RETRY_PAUSE_SECONDS = 0.1
 _LetGo = tuple[m.RegionGrant, str, ClientSession]
 
@@ -171,7 +173,9 @@ class Client:
                 now = time.monotonic()
                 if not failing_since or now - began > _RETRY_SECONDS:
                     failing_since = now  # it had come a good way before it failed
-                if now - failing_since > _RETRY_SECONDS or not deadline.remaining:
+                gone = isinstance(error, DaemonLost | DaemonAbsent)
+                patience = _DAEMON_SECONDS if gone else _RETRY_SECONDS
+                if now - failing_since > patience or not deadline.remaining:
                     raise
                 failed = str(error)
             deadline.next_wait(f"handing over {component.label} ({failed})")

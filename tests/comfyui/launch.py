@@ -1,8 +1,9 @@
 """Runs ComfyUI's main.py as ``python main.py …`` would, as a child of a test.
 
 ``python launch.py COMFYUI ARGUMENT…``. Ends with its parent, is interrupted by SIGINT even where
-the test run is a background job, and finds stand-ins for torchvision and torchaudio. They are not
-in PYTHONPATH, so that processes which ComfyUI starts do not find them.
+the test run is a background job, and finds stand-ins for torchvision, torchaudio and av where they
+are not installed. They are not in PYTHONPATH, so that processes which ComfyUI starts do not find
+them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main(comfyui: str, *arguments: str) -> None:
     _hide_stubs_from_transformers()
     program = os.path.join(comfyui, "main.py")
     sys.path[0] = comfyui
-    sys.path.insert(1, str(_STUBS))
+    sys.path.append(str(_STUBS))
     sys.argv[:] = [program, *arguments]
     runpy.run_path(program, run_name="__main__")
 

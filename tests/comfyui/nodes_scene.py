@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,16 +52,39 @@ class NodesScene:
 
 
 @contextlib.contextmanager
-def running_nodes(directory: Path, ranks: int, *options: str) -> Iterator[NodesScene]:
-    """A daemon whose ranks are ready, and a ComfyUI that knows it."""
+def running_nodes(
+    directory: Path,
+    ranks: int,
+    *options: str,
+    arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[NodesScene]:
+    """A daemon whose ranks are ready, and a ComfyUI that knows it.
+
+    ``arguments`` and ``environment`` are ComfyUI's, ``options`` the daemon's.
+    """
     directory.mkdir(exist_ok=True)
-    with running_daemon(directory, "--ranks", str(ranks), *options) as daemon:
-        environment = {"XDIT_SIDECAR_RUNTIME_DIR": str(daemon.runtime_dir)}
-        with ComfyServer(
-            directory / "base", packs={"xdit_sidecar": packs.clone()}, environment=environment
-        ) as server:
-            daemon.wait_for_status(lambda s: s.group.state == "ready", 90)
-            yield NodesScene(daemon, server)
+    with (
+        running_daemon(directory, "--ranks", str(ranks), *options) as daemon,
+        comfy_of(daemon, directory / "base", arguments, environment) as server,
+    ):
+        daemon.wait_for_status(lambda s: s.group.state == "ready", 90)
+        yield NodesScene(daemon, server)
+
+
+def comfy_of(
+    daemon: DaemonProcess,
+    base: Path,
+    arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> ComfyServer:
+    """A ComfyUI with the pack that uses this daemon; start it."""
+    return ComfyServer(
+        base,
+        packs={"xdit_sidecar": packs.clone()},
+        arguments=arguments,
+        environment={"XDIT_SIDECAR_RUNTIME_DIR": str(daemon.runtime_dir), **(environment or {})},
+    )
 
 
 def sampling(workflow: workflows.Workflow, *, vae: bool = False) -> workflows.Workflow:
@@ -70,6 +93,23 @@ def sampling(workflow: workflows.Workflow, *, vae: bool = False) -> workflows.Wo
     if vae:
         sampler["inputs"] = {**sampler["inputs"], "vae": workflow["decode"]["inputs"]["vae"]}
     return {**workflow, "sampler": sampler}
+
+
+def behind_share(workflow: workflows.Workflow) -> workflows.Workflow:
+    """The workflow with XDiT Share behind its loaders of VAE and CLIP."""
+    share = {"class_type": "XDiTShare", "inputs": {"vae": ["vae", 0], "clip": ["clip", 0]}}
+    places = {("vae", 0): ["share", 0], ("clip", 0): ["share", 1]}
+    changed = {
+        name: {
+            **node,
+            "inputs": {
+                key: places.get(tuple(value), value) if isinstance(value, list) else value
+                for key, value in node["inputs"].items()
+            },
+        }
+        for name, node in workflow.items()
+    }
+    return {**changed, "share": share}
 
 
 QUICK = Settings(steps=8)

@@ -31,6 +31,7 @@ START_SECONDS = 90.0
 STOP_SECONDS = 15.0
 PROMPT_SECONDS = 60.0
 REQUEST_SECONDS = 30.0
+ASK_AGAIN_SECONDS = 1.0  # for /free: ComfyUI forgets the wish if it is about to wait for prompts
 ATTEMPTS = 3  # at a port; another process may take it between the question and its use
 LOG_TAIL = 60  # lines shown when something fails
 NO_ANSWER = (OSError, http.client.HTTPException)
@@ -59,8 +60,9 @@ class ComfyServer:
     """ComfyUI with a base directory of its own, tiny checkpoints and the test shim.
 
     ``packs`` are custom node packs, name in custom_nodes/ → folder, linked there. ``arguments`` are
-    appended to the command line and ``environment`` is added to this process's. ``cpu=False`` lets
-    it use a GPU. Skips the test where ComfyUI cannot be had.
+    appended to the command line and ``environment`` is added to this process's. ``front_end`` is a
+    folder with the browser's part, by default none. ``cpu=False`` lets it use a GPU. Skips the test
+    where ComfyUI cannot be had.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class ComfyServer:
         packs: Mapping[str, Path] | None = None,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        front_end: Path | None = None,
         cpu: bool = True,
     ) -> None:
         self.base = base
@@ -77,6 +80,7 @@ class ComfyServer:
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
         self._checkout = comfyui()
+        self._front_end = front_end or base / "no-front-end"
         self._packs = {**(packs or {}), "test_shim": SHIM}
         # The attention that it takes by itself on a GPU, and that this project computes.
         as_on_gpu = ["--cpu", "--use-pytorch-cross-attention"]
@@ -126,7 +130,7 @@ class ComfyServer:
             *(sys.executable, str(HERE / "launch.py"), str(self._checkout)),
             *("--listen", "127.0.0.1", "--port", str(self.port)),
             *("--base-directory", str(self.base)),
-            *("--front-end-root", str(self.base / "no-front-end")),
+            *("--front-end-root", str(self._front_end)),
             *("--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb"),
             *("--disable-api-nodes", "--disable-all-custom-nodes"),
             *("--whitelist-custom-nodes", *self._packs),
@@ -169,12 +173,19 @@ class ComfyServer:
     def _log_tail(self) -> str:
         return "\n".join(self.log.splitlines()[-LOG_TAIL:])
 
-    def request(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[int, Any]:
         """(HTTP status, decoded JSON, or None without a body)."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_SECONDS)
         try:
             text = None if body is None else json.dumps(body)
-            connection.request(method, path, text, {"Content-Type": "application/json"})
+            given = {"Content-Type": "application/json", **(headers or {})}
+            connection.request(method, path, text, given)
             answer = connection.getresponse()
             content = answer.read()
             is_json = "json" in answer.headers.get("Content-Type", "")
@@ -259,11 +270,14 @@ class ComfyServer:
         Only while nothing runs. Without forgetting, ComfyUI does not run again what it ran before.
         """
         before = self.get("/test_shim/state")
-        self.post("/free", {"unload_models": unload_models, "free_memory": free_memory})
         counter = "resets" if free_memory else "unloads"
         deadline = time.monotonic() + STOP_SECONDS
+        asked = -ASK_AGAIN_SECONDS
         while self.get("/test_shim/state")[counter] == before[counter]:
             assert time.monotonic() < deadline, f"nothing was freed:\n{self._log_tail()}"
+            if time.monotonic() - asked > ASK_AGAIN_SECONDS:
+                self.post("/free", {"unload_models": unload_models, "free_memory": free_memory})
+                asked = time.monotonic()
             time.sleep(0.01)
 
     def loaded_models(self) -> list[str]:

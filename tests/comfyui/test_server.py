@@ -141,6 +141,7 @@ def test_killed_server_leaves_nothing_and_comes_back(tmp_path: Path) -> None:
 def test_without_comfyui_tests_are_skipped_loudly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv(comfyui_checkout.OTHER, raising=False)
     monkeypatch.setattr(comfyui_checkout, "_provide", lambda: "no route to any index")
     with pytest.raises(pytest.skip.Exception, match=r"NOT TESTED AGAINST COMFYUI.*no route"):
         ComfyServer(tmp_path / "base")

@@ -50,7 +50,9 @@ T5XXL = "tiny-t5xxl.safetensors"
 AUTOENCODER = "tiny-ae.safetensors"  # fp32
 LORA = "tiny-lora.safetensors"  # with kohya's names, as the next
 LORA_OTHER = "tiny-lora-other.safetensors"
+LORA_TEXT = "tiny-lora-text.safetensors"  # for the transformer and both text encoders
 CHECKPOINT = "tiny-checkpoint.safetensors"  # all four parts, the same weights
+CHECKPOINT_OTHER = "tiny-checkpoint-other.safetensors"  # the same sizes, other weights
 PICTURE = "tiny-picture.png"  # 256 × 256, in the input folder
 PICTURE_OTHER = "tiny-picture-other.png"  # 192 × 256
 
@@ -95,29 +97,42 @@ def _write(base: Path) -> None:
 
 
 def _contents() -> Files:
-    weights = flux_files.random_weights(FLUX_SIZES, seed=0)
-    clip = component_files.store(component_files.random_weights(CLIP_SIZES.shapes(), seed=1), "F16")
-    t5 = component_files.store(component_files.random_weights(T5_SIZES.shapes(), seed=2), "F16")
-    vae = component_files.random_weights(VAE_SIZES.shapes(), seed=3)
-    parts = {
-        "model.diffusion_model.": weights,
-        "text_encoders.clip_l.transformer.": clip,
-        "text_encoders.t5xxl.transformer.": t5,
-        "vae.": vae,
-    }
-    whole = {
-        f"{prefix}{key}": tensor for prefix, part in parts.items() for key, tensor in part.items()
-    }
+    parts, others = _parts(0), _parts(10)
+    flux, clip, t5, vae = parts.values()
+    encoders = {"clip_l.transformer.": CLIP_SIZES.shapes(), "t5xxl.transformer.": T5_SIZES.shapes()}
+    lora = lora_files.bfl(FLUX_SIZES, seed=7) | lora_files.text_encoders(encoders, seed=8)
     return {
-        f"diffusion_models/{DIFFUSION_MODEL}": weights,
-        f"diffusion_models/{DIFFUSION_MODEL_BF16}": flux_files.store(weights, "BF16"),
+        f"diffusion_models/{DIFFUSION_MODEL}": flux,
+        f"diffusion_models/{DIFFUSION_MODEL_BF16}": flux_files.store(flux, "BF16"),
         f"diffusion_models/{DIFFUSION_MODEL_OTHER}": flux_files.random_weights(FLUX_SIZES, seed=4),
         f"text_encoders/{CLIP_L}": clip,
         f"text_encoders/{T5XXL}": t5,
         f"vae/{AUTOENCODER}": vae,
         f"loras/{LORA}": lora_files.kohya(FLUX_SIZES, seed=5),
         f"loras/{LORA_OTHER}": lora_files.kohya(FLUX_SIZES, seed=6),
-        f"checkpoints/{CHECKPOINT}": whole,
+        f"loras/{LORA_TEXT}": lora,
+        f"checkpoints/{CHECKPOINT}": _whole(parts),
+        f"checkpoints/{CHECKPOINT_OTHER}": _whole(others),
+    }
+
+
+def _parts(seed: int) -> Files:
+    """What names begin with in a whole checkpoint → the part."""
+
+    def encoder(sizes: Clip | T5, seed: int) -> dict[str, torch.Tensor]:
+        return component_files.store(component_files.random_weights(sizes.shapes(), seed), "F16")
+
+    return {
+        "model.diffusion_model.": flux_files.random_weights(FLUX_SIZES, seed=seed),
+        "text_encoders.clip_l.transformer.": encoder(CLIP_SIZES, seed + 1),
+        "text_encoders.t5xxl.transformer.": encoder(T5_SIZES, seed + 2),
+        "vae.": component_files.random_weights(VAE_SIZES.shapes(), seed=seed + 3),
+    }
+
+
+def _whole(parts: Files) -> dict[str, torch.Tensor]:
+    return {
+        f"{prefix}{key}": tensor for prefix, part in parts.items() for key, tensor in part.items()
     }
 
 

@@ -314,6 +314,17 @@ def encode_only(
     return graph.workflow
 
 
+def coding(
+    nodes: Nodes = STOCK, settings: Settings | None = None, *, save: str = "result"
+) -> Workflow:
+    """The positive conditioning, and a picture that was encoded and decoded; nothing is sampled."""
+    graph = _Common(nodes, settings or Settings())
+    graph.add("save_conditioning", "TestSaveTensors", name=save, conditioning=graph.positive)
+    latent = graph.encode_picture("latent", files.PICTURE)
+    graph.finish(latent, f"{save}-latent", picture=True)
+    return graph.workflow
+
+
 def report(nodes: Nodes = STOCK, *, load: bool = True, loras: Sequence[Lora] = ()) -> Workflow:
     """Where the parameters of the model, the text encoders and the VAE lie."""
     graph = _Common(nodes, Settings(loras=loras))

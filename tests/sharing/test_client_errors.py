@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,8 +14,13 @@ import components
 import pytest
 from daemon_process import DaemonProcess, running_daemon
 from xdit_sidecar.protocol import codec, limits
+from xdit_sidecar.protocol import endpoints as endpoints_module
 from xdit_sidecar.protocol.client.client import Client
-from xdit_sidecar.protocol.endpoints import RUNTIME_DIR_VARIABLE, resolve_runtime_dir
+from xdit_sidecar.protocol.endpoints import (
+    RUNTIME_DIR_VARIABLE,
+    client_places,
+    resolve_runtime_dir,
+)
 from xdit_sidecar.protocol.errors import (
     BadMessage,
     Busy,
@@ -153,6 +159,52 @@ def test_the_runtime_directory_is_found(monkeypatch: pytest.MonkeyPatch) -> None
         resolve_runtime_dir()
     with pytest.raises(SidecarError, match="too long"):
         resolve_runtime_dir("/tmp/" + "x" * 100)
+
+
+def test_where_clients_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def looked(given: str | None = None) -> list[str]:
+        return [str(place.directory) for place in client_places(given)]
+
+    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, "/tmp/a")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/tmp/b")
+    assert looked("/tmp/c") == ["/tmp/c"]
+    assert looked() == ["/tmp/a"]
+    monkeypatch.delenv(RUNTIME_DIR_VARIABLE)
+    assert looked() == ["/tmp/b/xdit-sidecar", "/run/xdit-sidecar"]
+    # A service has no such variable, but its account may have a login's directory.
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setattr(os, "geteuid", lambda: 123456)
+    assert looked() == ["/run/xdit-sidecar"]
+    monkeypatch.setattr(Path, "is_dir", lambda path: str(path) == "/run/user/123456")
+    assert looked() == ["/run/user/123456/xdit-sidecar", "/run/xdit-sidecar"]
+
+
+def test_the_first_daemon_that_answers_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(RUNTIME_DIR_VARIABLE, raising=False)
+    with running_daemon(tmp_path) as host, running_daemon(tmp_path) as own:
+        monkeypatch.setattr(endpoints_module, "SYSTEM_DIRECTORY", str(host.runtime_dir))
+        base = own.runtime_dir / "base"
+        base.mkdir()
+        try:
+            monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+            with Client() as client:
+                assert client.status().pid == host.pid
+                # One's own is preferred as soon as it is there, and the host's when it is gone.
+                (base / "xdit-sidecar").symlink_to(own.runtime_dir)
+                assert client.status().pid == host.pid, "a session is not given up"
+                with Client() as other:
+                    assert other.status().pid == own.pid
+                    own.process.kill()
+                    own.process.wait()
+                    assert (own.runtime_dir / "session.sock").exists()
+                    with contextlib.suppress(DaemonLost):  # its end may not be noticed yet
+                        other.status()
+                    assert other.status().pid == host.pid
+                    assert other.endpoints.directory == host.runtime_dir
+        finally:
+            shutil.rmtree(base)
 
 
 def test_a_second_daemon_in_the_same_directory(daemon: DaemonProcess, tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 Nothing here may know of this project: what tests compare with it must be ComfyUI's own result.
 """
 
-from . import state, tiny_sizes
+from . import memory, state, tiny_sizes
 from .nodes import NODE_CLASS_MAPPINGS
 
 tiny_sizes.accept()
 state.count()
+memory.pretend()
 
 __all__ = ["NODE_CLASS_MAPPINGS"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Iterator
 from typing import Any
 
+import comfy.controlnet
 import comfy.model_management
 import folder_paths
 import torch
@@ -89,7 +91,8 @@ def _flatten(prefix: str, values: dict[str, Any]) -> dict[str, torch.Tensor]:
 class ReportParameters:
     """Tells where the parameters and buffers of models lie, in the prompt's outputs.
 
-    ``parameters``: one object per tensor. ``load`` loads the models first, wholly. ``after`` takes
+    ``parameters``: one object per tensor; ``mapped`` is the file that is mapped where the tensor
+    begins, "" if none is. ``load`` loads the models first, wholly. ``after`` takes
     any output: what has to run before this.
     """
 
@@ -123,15 +126,37 @@ class ReportParameters:
         given = {kind: patcher for kind, patcher in patchers.items() if patcher is not None}
         if load:
             comfy.model_management.load_models_gpu([*given.values()], force_full_load=True)
-        found = [each for kind, patcher in given.items() for each in _describe(kind, patcher)]
+        files = _MappedFiles()
+        found = [
+            each for kind, patcher in given.items() for each in _describe(kind, patcher, files)
+        ]
         return {"ui": {"parameters": found}}
 
 
-def _describe(kind: str, patcher: Any) -> Iterator[dict[str, Any]]:
+class _MappedFiles:
+    """What this process has mapped, where."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._maps: list[tuple[int, str]] = []  # (end, file)
+        with open("/proc/self/maps", encoding="utf-8") as lines:
+            for line in lines:
+                start, end = (int(each, 16) for each in line.split()[0].split("-"))
+                self._starts.append(start)
+                self._maps.append((end, " ".join(line.split()[5:])))
+
+    def at(self, address: int) -> str:
+        end, file = self._maps[bisect.bisect(self._starts, address) - 1]
+        return file if address < end else ""
+
+
+def _describe(kind: str, patcher: Any, files: _MappedFiles) -> Iterator[dict[str, Any]]:
     for name, tensor in (*patcher.model.named_parameters(), *patcher.model.named_buffers()):
         yield {
             "of": kind,
             "name": name,
+            "parameter": isinstance(tensor, torch.nn.Parameter),
+            "mapped": "" if tensor.device.type != "cpu" else files.at(tensor.data_ptr()),
             "data_ptr": tensor.data_ptr() if tensor.device.type != "meta" else None,
             "device": str(tensor.device),
             "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -144,7 +169,54 @@ def _describe(kind: str, patcher: Any) -> Iterator[dict[str, Any]]:
         }
 
 
+class Dynamic:
+    """Stands for what newer versions have: models whose weights ComfyUI pages itself."""
+
+    CATEGORY = "test"
+    FUNCTION = "mark"
+    RETURN_TYPES = ("VAE", "CLIP")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"optional": {"vae": ("VAE",), "clip": ("CLIP",)}}
+
+    def mark(self, vae: Any = None, clip: Any = None) -> tuple[Any, Any]:
+        for found in (vae, clip):
+            if found is not None:
+                found.patcher.is_dynamic = lambda: True
+        return vae, clip
+
+
+class _Control(comfy.controlnet.ControlBase):
+    def get_control(self, x_noisy: Any, *_: Any) -> dict[str, list[Any]]:
+        tokens = x_noisy.shape[-2] // 2 * (x_noisy.shape[-1] // 2)
+        added = torch.full((1, tokens, 1), 0.1 * self.strength, dtype=x_noisy.dtype)
+        return {"input": [added], "middle": [], "output": []}
+
+    def copy(self) -> Any:
+        twin = _Control()
+        self.copy_to(twin)
+        return twin
+
+
+class Control:
+    """A ControlNet without weights: adds to the first double block of FLUX."""
+
+    CATEGORY = "test"
+    FUNCTION = "make"
+    RETURN_TYPES = ("CONTROL_NET",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def make(self) -> tuple[Any]:
+        return (_Control(),)
+
+
 NODE_CLASS_MAPPINGS = {
+    "TestControl": Control,
+    "TestDynamic": Dynamic,
     "TestSaveTensors": SaveTensors,
     "TestReportParameters": ReportParameters,
 }
