@@ -353,7 +353,7 @@ def test_from_an_installed_package(tmp_path: Path, comfy: Path) -> None:
     expected = {
         path
         for path in (*project.package_files(), *project.data_files())
-        if path.parts[0] not in ("daemon", "py.typed")
+        if path.parts[0] not in ("daemon", "systemd", "py.typed")
     }
     found = {
         p.relative_to(pack_of(comfy))

@@ -26,7 +26,8 @@ from selenium.webdriver.remote.webelement import WebElement
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 LOAD_SECONDS = 60.0
 WAIT_SECONDS = 20.0
-TAB = ".xdit-sidecar-tab-button"
+# As older and newer front ends name it.
+TAB = ".xdit-sidecar-tab-button, [data-testid='xdit-sidecar-tab-button']"
 PANEL = ".xdit-panel"
 SCREENSHOTS = project.ROOT / ".cache" / "screenshots"
 

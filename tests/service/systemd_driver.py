@@ -41,7 +41,8 @@ def systemctl(*arguments: str) -> int:
 
 def show(name: str) -> str:
     command = [*CONTROL, "show", "--value", "-p", name, "xdit-sidecar"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    return done.stdout.strip()
 
 
 def wait(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
@@ -97,6 +98,8 @@ def drive() -> None:
 
 try:
     drive()
+except subprocess.TimeoutExpired as error:
+    seen["deaf"] = repr(error)  # systemd itself
 except Exception as error:
     seen["error"] = repr(error)
     raise

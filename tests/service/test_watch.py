@@ -72,7 +72,7 @@ def test_a_table_that_lives(tmp_path: Path) -> None:
     component = Component(
         fingerprint=f"bytes:{0:064x}",
         role="vae",
-        label="slow.safetensors",
+        label="slow.file",
         tensors=lay_out([TensorSpec("weight", "U8", [4 << 20])]),
     )
     with running_daemon(tmp_path) as daemon, watched(daemon) as (process, terminal):
@@ -89,7 +89,7 @@ def test_a_table_that_lives(tmp_path: Path) -> None:
 
         with daemon.client() as client:
             held = client.hand_over(component, "cpu", fill)
-            terminal.wait_for("slow.safetensors")
+            terminal.wait_for("slow.file")
             terminal.wait_for("resident")
             held.release()
         terminal.wait_for("nobody")
