@@ -63,8 +63,13 @@ class RemoteTransformer(torch.nn.Module):
         dtype: torch.dtype,
         patch_size: int,
         degrees: m.Degrees | None,
+        *,
+        keep: bool = True,
     ) -> None:
-        """``shapes``: the weights as tensors on the meta device, by BFL's names."""
+        """``shapes``: the weights as tensors on the meta device, by BFL's names.
+
+        ``keep``: leave it in the daemon at the end.
+        """
         super().__init__()
         self.dtype = dtype
         self.patch_size = patch_size
@@ -74,6 +79,7 @@ class RemoteTransformer(torch.nn.Module):
         self._prefix = prefix
         self._shapes = dict(shapes)
         self.degrees = degrees
+        self._keep = keep
         self._held: dict[str, Attachment] = {}  # by device
         self._loras = LoraComponents(link)
 
@@ -118,6 +124,13 @@ class RemoteTransformer(torch.nn.Module):
         held, self._held = self._held, {}
         for attachment in held.values():
             attachment.release()
+
+    def drop(self) -> None:
+        """ComfyUI does not use the model any more."""
+        resident = [(held.component.fingerprint, device) for device, held in self._held.items()]
+        self.release()
+        for fingerprint, device in () if self._keep else resident:
+            self._link.client.evict_soon(fingerprint, device)
 
     # --- the call
 
@@ -259,12 +272,17 @@ class _Progress:
 
 
 def load_remote_model(
-    link: Link, path: Path, dtype: torch.dtype | None, degrees: m.Degrees | None
+    link: Link,
+    path: Path,
+    dtype: torch.dtype | None,
+    degrees: m.Degrees | None,
+    *,
+    keep: bool = True,
 ) -> Any:
     """A ``ModelPatcher`` around a weightless FLUX.1, whose file is handed over and not loaded.
 
-    ``dtype`` is what ComfyUI calls the weights' dtype; None: its own choice for the file. Raises
-    SidecarError.
+    ``dtype`` is what ComfyUI calls the weights' dtype; None: its own choice for the file. ``keep``:
+    the daemon keeps it when ComfyUI drops the model. Raises SidecarError.
     """
     shapes = read_shapes(path, _CHECKPOINT)
     prefix = _CHECKPOINT if shapes else ""
@@ -287,15 +305,16 @@ def load_remote_model(
     config.set_inference_dtype(chosen, cast)
     config.unet_config["disable_unet_model_creation"] = True
     base = config.get_model({}, "")
+    patch_size = config.unet_config.get("patch_size", 2)
     transformer = RemoteTransformer(
-        link, path, prefix, shapes, chosen, config.unet_config.get("patch_size", 2), degrees
+        link, path, prefix, shapes, chosen, patch_size, degrees, keep=keep
     )
     transformer.owner = weakref.ref(base)
     transformer.hand_over()
     base.diffusion_model = transformer
     base.memory_required = _needs_nothing
     # The lease ends when ComfyUI drops the model.
-    weakref.finalize(base, transformer.release)
+    weakref.finalize(base, transformer.drop)
     return comfy.model_patcher.ModelPatcher(
         base, load_device, comfy.model_management.unet_offload_device(), size=1
     )

@@ -83,6 +83,12 @@ class LoadModel(io.ComfyNode):
                     "with an error that says why, or load the model into ComfyUI and sample "
                     "here, with a warning.",
                 ),
+                io.Boolean.Input(
+                    "keep_resident",
+                    default=True,
+                    tooltip="Keep the model in the daemon when ComfyUI drops it, so that it is "
+                    "there the next time. Off: its memory is freed, unless others use it.",
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -102,6 +108,7 @@ class LoadModel(io.ComfyNode):
         ring: str,
         cfg_parallel: str,
         on_problem: str,
+        keep_resident: bool,
     ) -> io.NodeOutput:
         """Hand the file over and give the model."""
         path = Path(folder_paths.get_full_path_or_raise(_FOLDER, unet_name))
@@ -116,7 +123,7 @@ class LoadModel(io.ComfyNode):
             )
 
         try:
-            model = load_remote_model(link(), path, dtype, degrees)
+            model = load_remote_model(link(), path, dtype, degrees, keep=keep_resident)
         except SidecarError as error:
             if on_problem == STOP:
                 raise RuntimeError(explain(error)) from None

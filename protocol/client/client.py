@@ -78,7 +78,7 @@ class Client:
         self._attachments: weakref.WeakValueDictionary[int, Attachment] = (
             weakref.WeakValueDictionary()
         )
-        self._let_go: queue.SimpleQueue[_LetGo | None] = queue.SimpleQueue()
+        self._let_go: queue.SimpleQueue[_LetGo | m.Evict | None] = queue.SimpleQueue()
         self._releaser: threading.Thread | None = None
 
     # --- questions
@@ -107,6 +107,14 @@ class Client:
         """Free an unleased component. Raises InUse or UnknownComponent."""
         evict = m.Evict(device=device, fingerprint=fingerprint)
         self._request(evict, m.Done, Deadline(timeout))
+
+    def evict_soon(self, fingerprint: str, device: str) -> None:
+        """Have a component freed after what was released until now; one in use stays.
+
+        Not waited for: for whoever is collected as garbage, as attachments are.
+        """
+        if not self._closed:
+            self._let_go.put(m.Evict(device=device, fingerprint=fingerprint))
 
     def echo(
         self,
@@ -262,7 +270,7 @@ class Client:
             session.close()
         # A finalizer may have looked at _closed just before it was set.
         while not self._let_go.empty():
-            if (left := self._let_go.get()) is not None:
+            if isinstance(left := self._let_go.get(), tuple):
                 process_regions.release_later(left[0])
         self._context.term()
 
@@ -363,6 +371,10 @@ class Client:
 
     def _release_regions(self) -> None:
         while (lease := self._let_go.get()) is not None:
+            if isinstance(lease, m.Evict):
+                with contextlib.suppress(SidecarError):  # others use it, or it is gone
+                    self._request(lease, m.Done, Deadline(5.0))
+                continue
             grant, lease_id, session = lease
             try:
                 # Unmap first: the daemon may free the region as soon as the lease is gone.

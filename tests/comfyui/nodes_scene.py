@@ -20,6 +20,7 @@ LOADER = {
     "ring": "1",
     "cfg_parallel": "1",
     "on_problem": "stop",
+    "keep_resident": True,
 }
 #: The one change that a workflow needs.
 REMOTE = replace(STOCK, model="XDiTUNetLoader", model_inputs=LOADER)

@@ -12,6 +12,7 @@ from comfyui import tiny_checkpoints, workflows
 from comfyui.nodes_scene import (
     CHECKPOINT,
     CODED,
+    LOADER,
     QUICK,
     REMOTE,
     SHARED,
@@ -21,6 +22,7 @@ from comfyui.nodes_scene import (
 )
 from comfyui.server import WorkflowFailed, WorkflowInterrupted
 from comfyui.workflows import STOCK, Nodes, Settings, Workflow
+from xdit_sidecar.protocol import messages as m
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -176,6 +178,25 @@ def test_what_cannot_be_remote_is_told(scene: NodesScene) -> None:
     }
     with pytest.raises(WorkflowFailed, match="no weights in ComfyUI"):
         scene.server.run(saving)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_model_that_is_to_be_kept_or_not(scene: NodesScene, keep: bool) -> None:
+    nodes = replace(REMOTE, model_inputs={**LOADER, "keep_resident": keep})
+    settings = replace(QUICK, steps=1, seed=51 + keep)
+    scene.server.run(workflows.text_to_image(nodes, settings, picture=False))
+
+    def transformers(status: m.Status) -> list[m.ComponentStatus]:
+        return [c for c in status.components if c.role == "transformer"]
+
+    assert transformers(scene.daemon.wait_for_status(lambda status: True))
+    scene.server.free()
+    scene.daemon.wait_for_status(
+        lambda status: (
+            len(transformers(status)) == keep and not any(c.sessions for c in transformers(status))
+        ),
+        30,
+    )
 
 
 def test_status_node(scene: NodesScene) -> None:
