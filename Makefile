@@ -34,7 +34,9 @@ types: setup ## mypy, strict, over the package
 	@mkdir -p .cache/types && ln -sfn ../.. .cache/types/xdit_sidecar
 	$(if $(TYPED),$(VENV) -m mypy $(TYPED),@echo "nothing to type-check yet")
 
-test: setup ## every behaviour once, in parallel, with coverage
+test: ## every behaviour once, in parallel, with coverage
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install one, or name it with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) tools/setup_env.py --browser
 	@mkdir -p .cache/coverage
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 -m "not soak and not bench" --cov $(PYTEST_ARGS)
 

@@ -15,6 +15,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 import attach  # noqa: E402
 import control  # noqa: E402
 import forward  # noqa: E402
+import pack  # noqa: E402
 import start  # noqa: E402
 from figures import Figure  # noqa: E402
 from machine import describe_run  # noqa: E402
@@ -25,7 +26,7 @@ RESULT = HERE / "results" / "bench-cpu.json"
 def main() -> int:
     """Measure everything; 0 when every threshold is met."""
     figures: list[Figure] = []
-    for part in (control, attach, forward, start):
+    for part in (control, attach, forward, start, pack):
         print(f"{part.__name__} …", flush=True)
         for figure in part.measure():
             print(f"  {figure}", flush=True)

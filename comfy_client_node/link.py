@@ -10,7 +10,7 @@ import comfy.model_management
 
 from ..protocol.client.client import Client
 from ..protocol.client.remote import RemoteRanks
-from ..protocol.endpoints import resolve_runtime_dir
+from ..protocol.endpoints import client_places, find_daemon
 from ..protocol.errors import RanksUnavailable, SidecarError
 
 _log = logging.getLogger("xdit_sidecar.comfyui")
@@ -71,7 +71,7 @@ def link() -> Link:
 def log_whereabouts() -> None:
     """One line when ComfyUI starts: where the daemon is, or how to get one. Connects to nothing."""
     try:
-        sockets = resolve_runtime_dir()
+        sockets = find_daemon(client_places())
         found = sockets.session.exists()
     except (SidecarError, OSError) as error:
         _log.warning("xDiT: %s. %s", error, INSTALL_HINT)

@@ -41,6 +41,12 @@ _WHAT_TO_DO = {
 }
 _ELSE_TO_DO = "See the daemon's log, then restart it."
 
+_FOREIGN = Problem(
+    code="cross-site",
+    problem="The panel's questions are only answered to ComfyUI's own page.",
+    what_to_do=f"Send the header {REQUIRED_HEADER}, from the same origin.",
+)
+
 
 class PanelRoutes:
     """Asks the daemon in threads, so that ComfyUI's event loop never waits for it."""
@@ -56,8 +62,10 @@ class PanelRoutes:
         routes.get(STATUS)(self.status)
         routes.post(HEALTH_CHECK)(self.health_check)
 
-    async def status(self, _: web.Request) -> web.Response:
+    async def status(self, request: web.Request) -> web.Response:
         """Who asks while a question is under way gets the same answer."""
+        if not _is_from_panel(request):
+            return _json(_FOREIGN, 403)
         if self._asked is None or self._asked.done():
             loop = asyncio.get_running_loop()
             self._asked = loop.run_in_executor(self._threads, ask_status, _until_stopped(loop))
@@ -67,14 +75,7 @@ class PanelRoutes:
     async def health_check(self, request: web.Request) -> web.Response:
         """The checks' rows, also where the daemon is absent: that is one of them."""
         if not _is_from_panel(request):
-            return _json(
-                Problem(
-                    code="cross-site",
-                    problem="The health-check is only started from ComfyUI's own page.",
-                    what_to_do=f"Send the header {REQUIRED_HEADER}, from the same origin.",
-                ),
-                403,
-            )
+            return _json(_FOREIGN, 403)
         if not self._checking.acquire(blocking=False):
             return _json(
                 Problem(

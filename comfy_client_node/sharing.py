@@ -74,6 +74,7 @@ def _renew(link: Link, module: torch.nn.Module) -> bool:
     shared = SharedWeights.of(module)
     if shared is not None:
         shared.renew(partial(link.client.renew, should_cancel=stop_if_interrupted))
+        SharedPatcher.take_over(module)  # also what was made of it since then
     return shared is not None
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -91,13 +93,24 @@ def find_custom_nodes(directory: Path) -> Path:
 
 
 def find_pythons(custom_nodes: Path) -> Iterator[Path]:
-    """The Pythons of environments inside and beside that ComfyUI, the likeliest first."""
+    """The Pythons of environments inside and beside that ComfyUI, the likeliest first.
+
+    Only those that nobody else could have put there: they are going to be run.
+    """
     place = custom_nodes.parent
     for folder in dict.fromkeys((place, place.parent, place.resolve().parent)):
         for environment in _ENVIRONMENTS:
             for name in _PYTHONS:
-                if (python := folder / environment / name).is_file():
+                python = folder / environment / name
+                if python.is_file() and _is_trusted(python, folder / environment):
                     yield python
+
+
+def _is_trusted(python: Path, environment: Path) -> bool:
+    """Whether it is this account's or root's, and not open to everybody."""
+    places = (environment, python.parent, python, python.resolve())
+    found = [place.stat() for place in places]
+    return all(s.st_uid in (0, os.geteuid()) and not s.st_mode & stat.S_IWOTH for s in found)
 
 
 def ask_python(python: Path, packages: Sequence[str]) -> ComfyPython:

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from ..protocol import limits
-from ..protocol.endpoints import resolve_runtime_dir
+from ..protocol.endpoints import SYSTEM_DIRECTORY, resolve_runtime_dir
 from .devices import choose_devices
 from .metrics_address import MetricsAddress, parse_metrics_address
 from .settings import Settings, SettingsError
@@ -92,15 +92,19 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def find_file(given: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> Path | None:
+def find_file(
+    given: str | os.PathLike[str] | None, environ: Mapping[str, str], *, of_host: bool = True
+) -> Path | None:
     """The one file that is read: ``given``, ``$XDIT_SIDECAR_CONFIG``, the account's, the host's.
 
-    The first two must exist (reading them fails otherwise); the others may.
+    The first two must exist (reading them fails otherwise); the others may. The host's is for the
+    host's daemon: whom that one trusts, an account's own need not.
     """
     if named := given or environ.get(FILE_VARIABLE):
         return Path(named)
     home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME") or "/", ".config")
-    for path in (Path(home, "xdit-sidecar", "config.toml"), SYSTEM_FILE):
+    own = Path(home, "xdit-sidecar", "config.toml")
+    for path in (own, SYSTEM_FILE) if of_host else (own,):
         if os.path.lexists(path):
             return path
     return None
@@ -116,7 +120,9 @@ def load_config(
 
     Raises ConfigError.
     """
-    path = find_file(file, environ)
+    directory = (flags or {}).get("runtime-dir")
+    of_host = os.geteuid() == 0 or directory == SYSTEM_DIRECTORY
+    path = find_file(file, environ, of_host=of_host)
     values: dict[str, Any] = {}
     sources = dict.fromkeys(KEYS, "default")
 
@@ -174,7 +180,7 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
@@ -192,7 +198,7 @@ def _convert(key: str, source: str, value: object, *, text: bool) -> object:
             parse_metrics_address(str(converted))
         if key in ("runtime-dir", "device") and not converted:
             raise ValueError("is empty")
-    except (msgspec.ValidationError, ValueError) as error:
+    except (msgspec.ValidationError, ValueError, OverflowError) as error:
         reason = str(error).replace("`", "").replace(" - at $", ", in the element $")
         if choices := get_args(field.type) if get_origin(field.type) is Literal else ():
             reason = f"choose from {', '.join(choices)}"

@@ -6,11 +6,13 @@ and is not overwritten unless that is asked for; what has no record is never rem
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -31,6 +33,7 @@ _RECORD = ".xdit-sidecar.json"
 _INSTALLED_IN = ("site-packages", "dist-packages")
 # ComfyUI imports every folder in custom_nodes but those with this ending.
 _BESIDE = ".disabled"
+_ABANDONED_SECONDS = 600.0  # no installation takes so long
 
 Kind = Literal["absent", "copy", "link", "clone", "foreign"]
 
@@ -236,10 +239,14 @@ def _take_away(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    """What ComfyUI does not load any more: as much of it as this account may remove.
+
+    ComfyUI, if it is another account's, may have written files of its own there.
+    """
     if path.is_symlink():
         path.unlink()
     else:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _beside(path: Path) -> Path:
@@ -249,8 +256,11 @@ def _beside(path: Path) -> Path:
 def _sweep(custom_nodes: Path) -> None:
     """Remove what an installation that was killed has left."""
     for path in custom_nodes.glob(f"{NAME}.????????{_BESIDE}"):
-        if re.fullmatch(rf"{NAME}\.[0-9a-f]{{8}}{_BESIDE}", path.name):
-            _remove(path)
+        if not re.fullmatch(rf"{NAME}\.[0-9a-f]{{8}}{_BESIDE}", path.name):
+            continue
+        with contextlib.suppress(OSError):  # another installation was faster
+            if time.time() - path.lstat().st_mtime > _ABANDONED_SECONDS:
+                _remove(path)
 
 
 def _why_not(found: Pack, done: str) -> str:

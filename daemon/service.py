@@ -88,6 +88,12 @@ class Service:
         """
         self._notifier.reloading()
         try:
+            self._reload()
+        finally:
+            self._notifier.ready()
+
+    def _reload(self) -> None:
+        try:
             loaded = self._load()
             before, after = self._loaded.values(), loaded.values()
             changed = [key for key in after if after[key] != before[key]]
@@ -110,7 +116,6 @@ class Service:
                 applied=",".join(key for key in changed if key in RELOADABLE) or "nothing",
                 needs_restart=",".join(kept) or "nothing",
             )
-        self._notifier.ready()
 
     # --- the service manager's line
 

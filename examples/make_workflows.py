@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tests"))
@@ -29,31 +27,24 @@ from workflow_graphs import Graph  # noqa: E402
 
 FOLDER = HERE.parent / "example_workflows"
 _SCRIPT = (HERE / "workflow_page.js").read_text()
-_WIDTH, _HEIGHT = 2400, 1300  # of the window: the graph is drawn large, then made small
-_THUMBNAIL = 800  # pixels wide
+_WIDTH, _HEIGHT = 1800, 1600  # of the window: the graph is drawn large, then made small
+_THUMBNAIL = 600  # pixels wide
+_MARGIN = 12  # around the graph, in its own units
 _SETTLE = 2.0  # seconds until a picture in a node is shown
 
 
-def build(page: browser.Page, graph: Graph) -> dict[str, Any]:
-    """The workflow as the front end saves it, now in the page; WebDriverException if it cannot."""
-    page.driver.set_script_timeout(browser.WAIT_SECONDS)
-    done: dict[str, Any] = page.driver.execute_async_script(
-        f"{_SCRIPT}\nconst [graph, done] = arguments;"
-        "buildWorkflow(graph).then(done, (error) => done({ error: String(error) }));",
-        graph.described(),
-    )
-    assert "error" not in done, f"{graph.name}: {done['error']}"
-    return done
+def build(page: browser.Page, graph: Graph) -> str:
+    """The file that the front end would save; its page has the graph then.
 
-
-def as_text(workflow: dict[str, Any]) -> str:
-    """What is written into the file."""
-    return json.dumps(workflow, indent=1, ensure_ascii=False) + "\n"
+    JavascriptException if a node, widget or input is not there.
+    """
+    script = f"{_SCRIPT}\nreturn buildWorkflow(arguments[0]);"
+    return f"{page.driver.execute_script(script, graph.described())}\n"
 
 
 def draw(page: browser.Page, graph: Graph) -> Image.Image:
     """The graph as the page shows it, without what is around."""
-    left, top, width, height = graph.size()
+    left, top, width, height = graph.extent(_MARGIN)
     shown = page.driver.execute_script("return [innerWidth, innerHeight]")
     scale = min(shown[0] / width, shown[1] / height)
     page.driver.execute_script(
@@ -94,9 +85,9 @@ def main() -> int:
         page.driver.set_window_size(_WIDTH, _HEIGHT)
         for make in workflow_graphs.ALL:
             graph = make()
-            (out / f"{graph.name}.json").write_text(as_text(build(page, graph)))
+            (out / f"{graph.name}.json").write_text(build(page, graph))
             picture = out / f"{graph.name}.jpg"
-            draw(page, graph).save(picture, quality=80, optimize=True)
+            draw(page, graph).save(picture, quality=70, optimize=True)
             print(f"{graph.name}: {picture.stat().st_size / 1000:.0f} kB of picture")
     return 0
 

@@ -7,7 +7,6 @@ machine or another version of torch rounds otherwise, and gets other files that 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -42,7 +41,6 @@ def main() -> int:
     start = time.monotonic()
     torch.manual_seed(0)
     out: Path = arguments.out
-    shutil.rmtree(out, ignore_errors=True)
 
     tokenizer_files = out / "tokenizers"
     words.write_tokenizers(tokenizer_files)

@@ -1,8 +1,9 @@
 // What make_workflows.py has done inside ComfyUI's page: build a graph, show it alone.
 
-/** Replace the page's graph by this one; returns the workflow as the front end saves it. */
-async function buildWorkflow({ id, nodes, links, groups, view }) {
+/** Replace the page's graph by this one; returns the file that the front end would save. */
+function buildWorkflow({ id, nodes, links, groups, view }) {
   const { app, LiteGraph } = window;
+  app.clean();  // pictures in nodes
   app.graph.clear();
   app.graph.id = id;
   const made = new Map();
@@ -36,7 +37,7 @@ async function buildWorkflow({ id, nodes, links, groups, view }) {
   // Last: callbacks, such as that of a picture's preview, change sizes.
   for (const { name, size } of nodes) made.get(name).setSize(size);
   lookAt(view);
-  return JSON.parse(JSON.stringify(app.graph.serialize()));
+  return JSON.stringify(app.graph.serialize(), null, 2);
 }
 
 /** Scroll and zoom: { scale, offset }. */
@@ -55,4 +56,5 @@ function showGraphOnly() {
     body * { visibility: hidden !important; }
     #graph-canvas, .dom-widget, .dom-widget * { visibility: visible !important; }`;
   document.head.append(style);
+  window.app.canvas.show_info = false;
 }

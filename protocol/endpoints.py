@@ -101,8 +101,7 @@ def client_places(given: str | os.PathLike[str] | None = None) -> tuple[Endpoint
     host = resolve_runtime_dir(SYSTEM_DIRECTORY)
     if os.environ.get("XDG_RUNTIME_DIR"):
         return resolve_runtime_dir(), host
-    login = Path(f"/run/user/{os.geteuid()}")
-    return (resolve_runtime_dir(login / "xdit-sidecar"), host) if login.is_dir() else (host,)
+    return resolve_runtime_dir(f"/run/user/{os.geteuid()}/xdit-sidecar"), host
 
 
 def find_daemon(places: tuple[Endpoints, ...]) -> Endpoints:

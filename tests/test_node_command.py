@@ -203,10 +203,17 @@ def test_nothing_is_lost_when_the_disk_is_full(comfy: Path, node: Run, tmp_path:
 
 
 def test_what_a_killed_installation_left_is_swept(comfy: Path, node: Run) -> None:
-    (comfy / "custom_nodes" / "xdit_sidecar.0123abcd.disabled").mkdir()
-    (comfy / "custom_nodes" / "xdit_sidecar.mine.disabled").mkdir()
+    for name in ("0123abcd", "89abcdef", "mine"):
+        folder = comfy / "custom_nodes" / f"xdit_sidecar.{name}.disabled"
+        folder.mkdir()
+        if name != "89abcdef":  # one that another installation is writing now
+            os.utime(folder, (0, 0))
     node(*INSTALL, comfy)
-    assert left_beside(comfy) == ["xdit_sidecar", "xdit_sidecar.mine.disabled"]
+    assert left_beside(comfy) == [
+        "xdit_sidecar",
+        "xdit_sidecar.89abcdef.disabled",
+        "xdit_sidecar.mine.disabled",
+    ]
 
 
 def test_foreign_folders_are_left_alone(comfy: Path, node: Run) -> None:

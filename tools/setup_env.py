@@ -223,7 +223,6 @@ def set_up() -> None:
     package = f".[{','.join(EXTRAS)}]"
     pip_install("--no-build-isolation", "-c", constraints, *extra, "-e", package)
     check_torch(driver)
-    provide_browser()
     STAMP.write_text(wanted)
     say("done")
 
@@ -232,6 +231,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Create or update .venv.")
     parser.add_argument(
         "--driver", action="store_true", help="only print the CUDA version that the driver runs"
+    )
+    parser.add_argument(
+        "--browser", action="store_true", help="also Chromium, where apt-get may install it"
     )
     options = parser.parse_args()
     if options.driver:
@@ -245,6 +247,8 @@ def main() -> int:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             set_up()
+            if options.browser:
+                provide_browser()
         except subprocess.CalledProcessError as error:
             say(f"failed: {' '.join(map(str, error.cmd))}")
             return 1

@@ -41,7 +41,7 @@ def config_command(
     for key, value in loaded.values().items():
         reload = "" if key in RELOADABLE else "needs a restart"
         table.add_row(key, _show(key, value), loaded.sources[key], reload)
-    make_console().print(table, highlight=False, markup=False)
+    make_console().print(table, highlight=False)
 
 
 def _as_json(loaded: Loaded) -> dict[str, Any]:

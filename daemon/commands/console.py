@@ -11,11 +11,13 @@ _PLAIN_WIDTH = 200  # nothing is cut off in a file or pipe
 
 
 def make_console() -> Console:
-    """A console on standard output."""
+    """A console on standard output; what stands in [brackets] is text."""
     if sys.stdout is not None and sys.stdout.isatty():
-        return Console()
+        return Console(markup=False)
     # Said outright, because FORCE_COLOR in the environment would win otherwise.
-    return Console(force_terminal=False, no_color=True, color_system=None, width=_PLAIN_WIDTH)
+    return Console(
+        force_terminal=False, no_color=True, color_system=None, width=_PLAIN_WIDTH, markup=False
+    )
 
 
 def make_table(title: str, *columns: str) -> Table:

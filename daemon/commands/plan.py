@@ -149,7 +149,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         more = (gpu.contexts, gpu.reserve, gpu.needed, gpu.left)
         table.add_row(str(number), gpu.name, *map(human_bytes, (*sizes, *more)))
     console.print()
-    console.print(table, highlight=False, markup=False)
+    console.print(table, highlight=False)
     console.print("activations and contexts are estimates; free is what no process uses now")
     console.print()
     for reason in plan.reasons:

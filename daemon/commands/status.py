@@ -62,7 +62,7 @@ def status_command(
 def print_status(console: Console, status: m.Status, own: str | None = None) -> None:
     """Tables for people. ``own`` is the session that asked, which is left out."""
     for part in describe_status(status, own, bars=console.is_terminal):
-        console.print(part, highlight=False, markup=False)
+        console.print(part, highlight=False)
 
 
 def describe_status(

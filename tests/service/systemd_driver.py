@@ -88,10 +88,10 @@ def drive() -> None:
     seen["stop"] = [show("ActiveState"), show("Result"), show("ExecMainStatus")]
     seen["stop seconds"] = time.monotonic() - began
     directory = Path("/run" if KIND == "system" else os.environ["XDG_RUNTIME_DIR"], "xdit-sidecar")
-    seen["directory left"] = directory.exists()
+    seen["left"] = sorted(p.name for p in directory.iterdir()) if directory.exists() else []
     CONFIG.write_text("ranks = -1\n")
     seen["wrong start"] = systemctl("start", "xdit-sidecar")
-    time.sleep(7)  # longer than RestartSec
+    time.sleep(4)  # longer than RestartSec
     seen["wrong"] = [show("ActiveState"), show("ExecMainStatus"), show("NRestarts")]
     seen["wrong text"] = show("StatusText")
 

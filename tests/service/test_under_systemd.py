@@ -141,7 +141,7 @@ def check(seen: dict[str, Any]) -> None:
     assert seen["restarts"] == "2"
     assert seen["stop"] == ["inactive", "success", "0"]
     assert seen["stop seconds"] < 10
-    assert not seen["directory left"]
+    assert seen["left"] == []
     # Not again and again, and the reason is there for `systemctl status`.
     assert seen["wrong"] == ["failed", "2", "0"]
     assert seen["wrong text"].startswith("failed: ranks in ")

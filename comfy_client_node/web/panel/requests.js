@@ -17,16 +17,19 @@ export function fetchStatus() {
 }
 
 export function runHealthCheck() {
-  // The header is what another site's page cannot send.
-  const options = { method: "POST", headers: { "X-XDiT-Panel": "1" } };
-  return ask("/xdit/health-check", options, CHECK_MS);
+  return ask("/xdit/health-check", { method: "POST" }, CHECK_MS);
 }
 
 async function ask(route, options, milliseconds) {
   let answer;
   let body;
   try {
-    answer = await api.fetchApi(route, { ...options, signal: AbortSignal.timeout(milliseconds) });
+    answer = await api.fetchApi(route, {
+      ...options,
+      // What another site's page cannot send.
+      headers: { "X-XDiT-Panel": "1" },
+      signal: AbortSignal.timeout(milliseconds),
+    });
     body = await answer.json().catch(() => null);
   } catch {
     throw new Problem({ code: "no-comfyui" });
