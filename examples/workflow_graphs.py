@@ -180,7 +180,7 @@ def text_to_image() -> Graph:
 
 
 def image_to_image() -> Graph:
-    """A picture, scaled to a million pixels, encoded and partly drawn anew by the daemon."""
+    """A picture, scaled, encoded and partly drawn anew by the daemon."""
     graph = Graph("flux_image_to_image")
     _loaders(
         graph, f"{_START}\n\n{_FILES}, choose a picture, and set denoise: lower keeps more of it."
@@ -189,11 +189,8 @@ def image_to_image() -> Graph:
     _describe(graph)
     graph.group("Picture", "#3a8a8a")
     graph.add("picture", "LoadImage", 310, image=PICTURE)
-    graph.add(
-        *("scaled", "ImageScaleToTotalPixels", 90, ("image", "picture", 0)),
-        upscale_method="lanczos",
-        megapixels=1.0,
-    )
+    # To the nearest of the sizes that FLUX.1 draws well, about a million pixels.
+    graph.add("scaled", "FluxKontextImageScale", 30, ("image", "picture", 0))
     graph.add("latent", "XDiTVAEEncode", 60, ("pixels", "scaled", 0), ("vae", "vae", 0))
     _sample(graph, denoise=0.75)
     _save(graph, "image_to_image")
