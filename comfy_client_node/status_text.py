@@ -16,6 +16,12 @@ def describe(status: m.Status) -> str:
     else:
         lines.append(f"{len(status.ranks)} ranks, {group.state}, {group.jobs} jobs")
         lines += [group.error] if group.error else []
+        lines += [
+            f"rank {rank.rank}: {human_bytes(rank.copied)} copied to {rank.device}, of components "
+            "in host memory"
+            for rank in status.ranks
+            if rank.copied
+        ]
     for component in status.components:
         users = sorted({names.get(session, session) for session in component.sessions})
         lines.append(

@@ -337,6 +337,8 @@ class JobService:
             else:
                 self._host.answer_step(job.asker, outcome, frames)
             return False
+        if isinstance(outcome, m.Opened):
+            raise Internal("a rank answered a job's turn as if it had been told to open regions")
         if isinstance(outcome, m.Failed):
             self._drop([job])
         else:

@@ -47,6 +47,7 @@ class RankLink:
         self.state: Literal["starting", "ready", "ended"] = "starting"
         self.error: str | None = None  # its last words
         self.session: str | None = None  # set when it asks for its first task
+        self.copied = 0  # bytes of components in host memory, on its device
         self._deliver = deliver
         self._on_ready = on_ready
         self._on_exit = on_exit
@@ -87,6 +88,8 @@ class RankLink:
         if self.state == "starting":
             self.state, self.session = "ready", asker.session
             self._on_ready()
+        if isinstance(request.outcome, m.Opened):
+            self.copied = request.outcome.copied
         future = self._running.pop(request.task, None)
         if future is not None and not future.done() and request.outcome is not None:
             future.set_result(Result(request.outcome, frames))

@@ -50,6 +50,7 @@ def _ranks(broker: Broker) -> list[m.RankStatus]:
                 state="failed" if group.state == "degraded" else "ready" if ready else "starting",
                 error=group.error or (link.error if link else None),
                 starts=group.starts,
+                copied=link.copied if ready and link is not None else 0,
             )
         )
     return lines

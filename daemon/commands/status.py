@@ -161,7 +161,7 @@ def _sessions(sessions: list[m.SessionStatus]) -> Table:
 
 def _ranks(ranks: list[m.RankStatus], group: m.GroupStatus) -> Table:
     title = f"Ranks: {group.state}, {group.backend}, {group.jobs} jobs"
-    table = make_table(title, ">rank", "device", ">pid", "state", ">starts", "error")
+    table = make_table(title, ">rank", "device", ">pid", "state", ">starts", ">copies", "error")
     for rank in ranks:
         table.add_row(
             str(rank.rank),
@@ -169,6 +169,7 @@ def _ranks(ranks: list[m.RankStatus], group: m.GroupStatus) -> Table:
             str(rank.pid or "-"),
             rank.state,
             str(rank.starts),
+            human_bytes(rank.copied),
             rank.error or "",
         )
     return table

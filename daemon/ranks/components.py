@@ -80,6 +80,11 @@ class OpenComponents:
         gc.collect()  # modules refer to themselves
         process_regions.collect(_UNMAP_SECONDS)
 
+    @property
+    def copied_bytes(self) -> int:
+        """Of this rank's own copies of components in host memory, on its device."""
+        return sum(component.copied_bytes for component in self._open.values())
+
     def find(self, region: str | None, role: str) -> OpenComponent:
         """The component in a region. Raises MissingComponent naming its role."""
         found = self._open.get(region or "")

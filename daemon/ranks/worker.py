@@ -114,9 +114,11 @@ class Worker:
                     number = opened.grant.descriptor
                     descriptor = None if number is None else take(number)
                     self._components.open(opened.grant, opened.component, descriptor)
+                return m.Opened(copied=self._components.copied_bytes), []
             case m.CloseTask(regions=closed):
                 self._engines.denoiser.forget_regions()
                 self._components.close(closed)
+                return m.Opened(copied=self._components.copied_bytes), []
             case m.DropTask(jobs=jobs, sessions=sessions):
                 for job in jobs:
                     self._runs.pop(job, None)

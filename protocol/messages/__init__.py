@@ -84,6 +84,7 @@ from .stream import Welcome as Welcome
 from .tasks import CloseTask as CloseTask
 from .tasks import DropTask as DropTask
 from .tasks import NextTask as NextTask
+from .tasks import Opened as Opened
 from .tasks import OpenedRegion as OpenedRegion
 from .tasks import OpenTask as OpenTask
 from .tasks import Outcome as Outcome

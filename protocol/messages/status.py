@@ -66,6 +66,7 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: Literal["starting", "ready", "failed"]
     error: Text | None = None
     starts: Count = 0
+    copied: Bytes = 0  # on its device, of components that lie in host memory
 
 
 class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):

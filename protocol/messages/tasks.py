@@ -19,7 +19,14 @@ from .jobs import Digest, Job, Output, Step
 
 _Regions = Annotated[list[RegionId], Meta(max_length=limits.COMPONENTS)]
 
-Outcome = Done | Probed | Output | Step | Failed
+
+class Opened(Message, frozen=True, tag="opened", kw_only=True):
+    """Regions were mapped or unmapped."""
+
+    copied: Bytes  # that the rank holds besides all its regions: copies on its own device
+
+
+Outcome = Done | Opened | Probed | Output | Step | Failed
 
 
 class NextTask(Message, frozen=True, tag="next-task", kw_only=True):
@@ -47,7 +54,7 @@ class OpenedRegion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OpenTask(Message, frozen=True, tag="open-task", kw_only=True):
-    """Map the regions of components and keep them mapped."""
+    """Map the regions of components and keep them mapped. Outcome :class:`Opened`."""
 
     task: Count
     regions: Annotated[
@@ -56,7 +63,7 @@ class OpenTask(Message, frozen=True, tag="open-task", kw_only=True):
 
 
 class CloseTask(Message, frozen=True, tag="close-task", kw_only=True):
-    """Forget everything that views these regions, and unmap them."""
+    """Forget everything that views these regions, and unmap them. Outcome :class:`Opened`."""
 
     task: Count
     regions: _Regions

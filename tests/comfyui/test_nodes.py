@@ -155,7 +155,7 @@ def test_a_model_that_is_to_be_kept_or_not(scene: NodesScene, keep: bool) -> Non
     scene.server.run(workflows.text_to_image(nodes, settings, picture=False))
 
     def transformers(status: m.Status) -> list[m.ComponentStatus]:
-        return [c for c in status.components if c.role == "transformer"]
+        return [c for c in status.components if c.label == tiny_checkpoints.DIFFUSION_MODEL]
 
     assert transformers(scene.daemon.wait_for_status(lambda status: True))
     scene.server.free()

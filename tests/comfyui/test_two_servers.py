@@ -68,6 +68,8 @@ def test_two_at_once(servers: tuple[NodesScene, ComfyServer]) -> None:
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     assert_fair(*progress)
     assert_one_copy(scene, other)
+    # Last, and no test of its own: tests run in any order.
+    assert_one_ends_the_other_goes_on(scene, other)
 
 
 def steps_of(events: list[Event]) -> list[float]:
@@ -109,8 +111,7 @@ def inodes(pid: int) -> set[str]:
         return {line.split()[4] for line in lines if "xdit-sidecar" in line}
 
 
-def test_one_ends_the_other_goes_on(servers: tuple[NodesScene, ComfyServer]) -> None:
-    scene, other = servers
+def assert_one_ends_the_other_goes_on(scene: NodesScene, other: ComfyServer) -> None:
     settings = replace(QUICK, seed=73)
     expected = result(scene.server, settings)
     long = workflows.text_to_image(SHARED, replace(QUICK, steps=2000, seed=74), picture=False)

@@ -31,7 +31,7 @@ class ManyParts(Attack):
             for sent in range(0, count, _PER_CHANNEL):
                 with Dealer(target, bulk=sent // _PER_CHANNEL % 2 == 1) as dealer:
                     for _ in range(_PER_CHANNEL):
-                        parts = [b"x"] * target.random.choice((17, 1_000, 20_000))
+                        parts = [b"x"] * target.random.choice((limits.BULK_PARTS, 1_000, 20_000))
                         dealer.socket.send_multipart([msgpack.packb(request), *parts])
                         expect_refusal(dealer.receive(), "too-large")
         return count

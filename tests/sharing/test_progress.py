@@ -166,7 +166,7 @@ def test_a_fill_is_cancelled_in_the_middle(
     daemon: DaemonProcess, platform: Platform, tmp_path: Path
 ) -> None:
     path = tmp_path / "large.safetensors"
-    nbytes = large_file(path, 80)
+    nbytes = large_file(path, 320)  # or all of it is there before anybody looks
     cancelled = threading.Event()
     calls: Calls = []
 
