@@ -69,7 +69,7 @@ def link() -> Link:
 
 
 def log_whereabouts() -> None:
-    """One line when ComfyUI starts: where the daemon is, or how to get one. Connects to nothing."""
+    """One line when ComfyUI starts: where the daemon is, or how to get one. Waits for nothing."""
     try:
         sockets = find_daemon(client_places())
         found = sockets.session.exists()

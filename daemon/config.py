@@ -27,7 +27,7 @@ PREFIX = "XDIT_SIDECAR_"
 FILE_VARIABLE = PREFIX + "CONFIG"
 SYSTEM_FILE = Path("/etc/xdit-sidecar/config.toml")
 
-_SIZES = frozenset({"budget", "reserve"})
+SIZES = frozenset({"budget", "reserve"})
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _LARGEST_FILE = 1 << 20  # bytes
 _MOST = 1 << 62  # more than any device has; "all of it" may be written so
@@ -188,7 +188,7 @@ def _convert(key: str, source: str, value: object, *, text: bool) -> object:
     """A value of the key's type. Raises ConfigError."""
     field = _FIELDS[key]
     try:
-        if key in _SIZES and isinstance(value, str):
+        if key in SIZES and isinstance(value, str):
             value = parse_size(value)
         elif text and key == "trust-uid":
             given = value if isinstance(value, list) else str(value).split(",")

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-_LONGEST_SOCKET_PATH = 107
+from ..protocol.endpoints import LONGEST_SOCKET_PATH
 
 
 class MetricsAddress(NamedTuple):
@@ -26,7 +26,7 @@ def parse_metrics_address(text: str) -> MetricsAddress:
     """Read ``unix:/path``, ``127.0.0.1:PORT`` or ``[::1]:PORT``. Raises ValueError."""
     if text.startswith("unix:"):
         path = Path(text.removeprefix("unix:"))
-        if not path.is_absolute() or len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        if not path.is_absolute() or len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
             raise ValueError("the socket's path must be absolute and at most 107 bytes long")
         return MetricsAddress(path)
     host, _, port = text.rpartition(":")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from digits.files import FILES, MODELS, TOKENIZERS
 from digits.pictures import SIDE
 from digits.words import DIGITS, prompt
 from PIL import Image
@@ -15,13 +15,6 @@ from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.client.attachment import Attachment
 from xdit_sidecar.protocol.client.remote import RemoteRanks
 
-_MODELS = Path(__file__).resolve().parent / "digits" / "models"
-FILES = {
-    "transformer": _MODELS / "diffusion_models" / "digits-flux.safetensors",
-    "vae": _MODELS / "vae" / "digits-ae.safetensors",
-    "clip_l": _MODELS / "text_encoders" / "digits-clip_l.safetensors",
-    "t5": _MODELS / "text_encoders" / "digits-t5xxl.safetensors",
-}
 _SEED = 3
 _STEPS = 8
 _COLUMNS = 5
@@ -38,7 +31,7 @@ def draw_sheet(
     """Hand the model over, have ten prompts drawn, save them together as PNG: seconds."""
     start = time.perf_counter()
     held = {role: hand_over(role, str(path)) for role, path in FILES.items()}
-    tokenizers = Tokenizers.open(_MODELS / "tokenizers")
+    tokenizers = Tokenizers.open(MODELS / TOKENIZERS)
     prompts = [prompt(digit) for digit in range(len(DIGITS))]
     tokens = {
         "clip_l_ids": torch.tensor([tokenizers.clip_l(text)[0] for text in prompts]),

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from digits import autoencoder, encoders, pictures, transformer, words
+from digits.files import MODELS, PLACES, TOKENIZERS
 from safetensors.torch import save_file
 from torch import Tensor
 from xdit_sidecar.daemon.ranks.sampling.latent_format import to_model
 from xdit_sidecar.daemon.tokenizers import Tokenizers
 
-_MODELS = Path(__file__).resolve().parent / "digits" / "models"
 # One entry: safetensors writes several in any order, and the files would differ each time.
 _ABOUT = {
     "about": "Draws handwritten digits. Made by examples/train_digits.py of xdit-sidecar from "
@@ -33,7 +33,7 @@ _WANTED = 0.95
 def main() -> int:
     """Train and save: 0 if what is drawn can be read."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=_MODELS)
+    parser.add_argument("--out", type=Path, default=MODELS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=400)
     parser.add_argument("--transformer-steps", type=int, default=2500)
@@ -42,11 +42,11 @@ def main() -> int:
     torch.manual_seed(0)
     out: Path = arguments.out
 
-    tokenizer_files = out / "tokenizers"
+    tokenizer_files = out / TOKENIZERS
     words.write_tokenizers(tokenizer_files)
     clip, t5 = encoders.make_clip(seed=1), encoders.make_t5(seed=2)
-    _save(clip, out / "text_encoders" / "digits-clip_l.safetensors")
-    _save(t5, out / "text_encoders" / "digits-t5xxl.safetensors")
+    _save(clip, out / PLACES["clip_l"])
+    _save(t5, out / PLACES["t5"])
     forms = range(len(words.PROMPTS))
     prompts = [words.prompt(digit, form) for form in forms for digit in range(10)]
     text = encoders.encode(clip, t5, Tokenizers.open(tokenizer_files), [*prompts, ""])
@@ -54,7 +54,7 @@ def main() -> int:
     ink, labels = pictures.real_digits()
     real = pictures.to_pictures(ink).to(arguments.device)
     ae = autoencoder.train_autoencoder(real, steps=arguments.autoencoder_steps, batch=8, seed=0)
-    _save(ae, out / "vae" / "digits-ae.safetensors")
+    _save(ae, out / PLACES["vae"])
     vae = autoencoder.open_autoencoder(ae)
     latents = to_model(vae.encode(real))
 
@@ -62,7 +62,7 @@ def main() -> int:
     flux = transformer.train_transformer(
         latents, text, labels, steps=arguments.transformer_steps, batch=64, seed=4
     )
-    _save(flux, out / "diffusion_models" / "digits-flux.safetensors")
+    _save(flux, out / PLACES["transformer"])
 
     seeds = torch.arange(_CHECKED)
     asked, side = text.take(seeds % len(prompts)), pictures.SIDE // vae.config.ratio

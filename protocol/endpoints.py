@@ -18,7 +18,7 @@ RUNTIME_DIR_VARIABLE = "XDIT_SIDECAR_RUNTIME_DIR"
 SYSTEM_DIRECTORY = "/run/xdit-sidecar"  # only root can make it: of the host's daemon
 
 # sizeof(sockaddr_un.sun_path) less the closing zero.
-_LONGEST_SOCKET_PATH = 107
+LONGEST_SOCKET_PATH = 107
 
 
 class RuntimeDirError(SidecarError):
@@ -81,10 +81,10 @@ def resolve_runtime_dir(given: str | os.PathLike[str] | None = None) -> Endpoint
             )
     endpoints = Endpoints(Path(os.path.abspath(given)))
     longest = max(len(os.fsencode(path)) for path in endpoints.sockets)
-    if longest > _LONGEST_SOCKET_PATH:
+    if longest > LONGEST_SOCKET_PATH:
         raise RuntimeDirError(
             f"the runtime directory {endpoints.directory} is too long for a unix socket by "
-            f"{longest - _LONGEST_SOCKET_PATH} bytes: choose a shorter one with --runtime-dir"
+            f"{longest - LONGEST_SOCKET_PATH} bytes: choose a shorter one with --runtime-dir"
         )
     return endpoints
 

@@ -8,21 +8,14 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import project
 import torch
+from digits.files import FILES, MODELS, TOKENIZERS
 from digits.pictures import SIDE, Reader
 from digits.words import prompt
 from flux_inputs import Inputs
 from picture_scene import Drawer, negative
 from xdit_sidecar.daemon.tokenizers import Tokenizers
 
-MODELS = project.ROOT / "examples" / "digits" / "models"
-FILES = {
-    "transformer": MODELS / "diffusion_models" / "digits-flux.safetensors",
-    "vae": MODELS / "vae" / "digits-ae.safetensors",
-    "clip_l": MODELS / "text_encoders" / "digits-clip_l.safetensors",
-    "t5": MODELS / "text_encoders" / "digits-t5xxl.safetensors",
-}
 STEPS = 4
 CFG = 1.5
 # Of 100 or 20 pictures; where nothing is drawn but noise, a tenth is read rightly.
@@ -43,7 +36,7 @@ class DigitsFiles:
 @cache
 def tokenizers() -> Tokenizers:
     """Those that come with the files."""
-    return Tokenizers.open(MODELS / "tokenizers")
+    return Tokenizers.open(MODELS / TOKENIZERS)
 
 
 @cache

@@ -9,12 +9,10 @@ import msgspec
 import typer
 
 from ...protocol.health.units import human_bytes
-from ..config import RELOADABLE, Loaded, load_config, misspelt_variables
+from ..config import RELOADABLE, SIZES, Loaded, load_config, misspelt_variables
 from ..unit_files import read_template
 from .console import make_console, make_table
 from .options import ConfigFile, Json
-
-_SIZES = ("budget", "reserve")
 
 
 def config_command(
@@ -55,6 +53,6 @@ def _as_json(loaded: Loaded) -> dict[str, Any]:
 def _show(key: str, value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "-"
-    if key in _SIZES and isinstance(value, int):
+    if key in SIZES and isinstance(value, int):
         return human_bytes(value)
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

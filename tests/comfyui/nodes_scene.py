@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from comfyui import packs, tiny_checkpoints, workflows
@@ -86,6 +87,20 @@ def comfy_of(
         arguments=arguments,
         environment={"XDIT_SIDECAR_RUNTIME_DIR": str(daemon.runtime_dir), **(environment or {})},
     )
+
+
+def text_lora(strength: float) -> dict[str, Any]:
+    """A node that puts a LoRA with text encoder keys behind the loaders."""
+    return {
+        "class_type": "LoraLoader",
+        "inputs": {
+            "model": ["model", 0],
+            "clip": ["clip", 0],
+            "lora_name": tiny_checkpoints.LORA_TEXT,
+            "strength_model": 0.5,
+            "strength_clip": strength,
+        },
+    }
 
 
 def sampling(workflow: workflows.Workflow, *, vae: bool = False) -> workflows.Workflow:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from comfyui import tiny_checkpoints, workflows
-from comfyui.nodes_scene import CHECKPOINT, QUICK, SHARED, NodesScene, running_nodes
+from comfyui.nodes_scene import CHECKPOINT, QUICK, SHARED, NodesScene, running_nodes, text_lora
 from comfyui.server import ComfyServer
 from comfyui.workflows import STOCK, WHOLE_CHECKPOINT, Nodes, Settings, Workflow
 
@@ -136,16 +136,7 @@ def test_leases_end_with_the_models(scene: NodesScene) -> None:
 def with_lora(nodes: Nodes, prompt: str, save: str, strength: float = 0.7) -> Workflow:
     """Text encoded by encoders that a LoRA changed."""
     workflow = workflows.encode_only(nodes, replace(QUICK, prompt=prompt), save=save)
-    workflow["lora"] = {
-        "class_type": "LoraLoader",
-        "inputs": {
-            "model": ["model", 0],
-            "clip": ["clip", 0],
-            "lora_name": tiny_checkpoints.LORA_TEXT,
-            "strength_model": 0.5,
-            "strength_clip": strength,
-        },
-    }
+    workflow["lora"] = text_lora(strength)
     workflow["positive"]["inputs"]["clip"] = ["lora", 1]
     return workflow
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui import tiny_checkpoints, workflows
-from comfyui.nodes_scene import QUICK, SHARED, NodesScene, behind_share, running_nodes
+from comfyui.nodes_scene import QUICK, SHARED, NodesScene, behind_share, running_nodes, text_lora
 from comfyui.server import WorkflowFailed
 from comfyui.workflows import STOCK, Settings, Workflow
 
@@ -92,16 +92,7 @@ def test_others_use_the_object_too(scene: NodesScene) -> None:
 
     def workflow(*, shared: bool) -> Workflow:
         found = coding(STOCK, replace(QUICK, prompt="others"))
-        found["lora"] = {
-            "class_type": "LoraLoader",
-            "inputs": {
-                "model": ["model", 0],
-                "clip": ["clip", 0],
-                "lora_name": tiny_checkpoints.LORA_TEXT,
-                "strength_model": 0.5,
-                "strength_clip": 0.7,
-            },
-        }
+        found["lora"] = text_lora(0.7)
         found["hook"] = {
             "class_type": "CreateHookLora",
             "inputs": {

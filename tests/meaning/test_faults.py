@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from daemon_process import running_daemon
-from digits_scene import FILES, RIGHT, DigitsFiles, Request
+from digits.files import FILES
+from digits_scene import RIGHT, DigitsFiles, Request
 from picture_scene import drawing
 from ranks_scene import running_ranks
 from safetensors.torch import load_file, save_file

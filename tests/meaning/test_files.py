@@ -9,8 +9,9 @@ from pathlib import Path
 import project
 import pytest
 from comfyui_checkout import comfyui
+from digits.files import FILES, MODELS
 from digits.words import DIGITS, PROMPTS, prompt
-from digits_scene import FILES, MODELS, tokenizers
+from digits_scene import tokenizers
 from xdit_sidecar.daemon.models.flux_detection import detect_flux_file
 from xdit_sidecar.daemon.tokenizers import Tokenizers
 from xdit_sidecar.protocol.safetensors_file import SafetensorsFile
