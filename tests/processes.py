@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 _PROGRAM = Path(__file__).with_name("client_program.py")
+
+
+def uncovered_environment() -> dict[str, str]:
+    """This environment for a process that becomes another account, which cannot write coverage."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
 
 
 class ClientProcess:

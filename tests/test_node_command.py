@@ -15,6 +15,7 @@ from typing import Any
 import project
 import pytest
 from comfyui import packs
+from processes import uncovered_environment
 from xdit_sidecar.daemon import node_pack
 from xdit_sidecar.daemon.commands.app import run
 
@@ -276,8 +277,9 @@ def test_without_permission() -> None:
             f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
             f"sys.exit(run(['node', 'install', {str(comfy)!r}]))\n"
         )
+        command = [sys.executable, "-c", program]
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=False
+            command, env=uncovered_environment(), capture_output=True, text=True, check=False
         )
         assert done.returncode == 1, done.stderr
         assert "cannot write in" in done.stderr

@@ -30,6 +30,7 @@ for directory; do
 done
 mount -t overlay -o lowerdir=/etc,upperdir=/run/upper,workdir=/run/work overlay /etc
 mount -t tmpfs -o mode=1777 tmpfs /tmp
+mount -t tmpfs -o mode=1777 tmpfs /var/tmp
 mount -t tmpfs -o mode=755 tmpfs /var/cache
 mount -t tmpfs -o mode=755 tmpfs /var/log
 mkdir -p "$scene"
