@@ -8,9 +8,11 @@ PYTEST_ARGS ?=
 TYPED := $(foreach p,protocol daemon comfy_client_node,$(if $(wildcard $(p)/__init__.py),-p xdit_sidecar.$(p)))
 
 unexport PYTHONPATH
+# Without bytecode on the disk every process of the tests compiles all of its modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv lint format types test soak bench demo clean
+.PHONY: help setup venv lint format types docs test soak bench demo clean
 
 help: ## list these targets
 	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):[^#]*## */\1|/' \
@@ -34,11 +36,15 @@ types: setup ## mypy, strict, over the package
 	@mkdir -p .cache/types && ln -sfn ../.. .cache/types/xdit_sidecar
 	$(if $(TYPED),$(VENV) -m mypy $(TYPED),@echo "nothing to type-check yet")
 
+docs: setup ## docs/protocol.md from the message types
+	$(VENV) tools/protocol_reference.py
+
 test: ## every behaviour once, in parallel, with coverage
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install one, or name it with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) tools/setup_env.py --browser
 	@mkdir -p .cache/coverage
-	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 -m "not soak and not bench" --cov $(PYTEST_ARGS)
+	PYTHONPATH="$(CURDIR)/tests/untraced" OMP_NUM_THREADS=1 \
+		$(VENV) -m pytest -n 2 -m "not soak and not bench" --cov $(PYTEST_ARGS)
 
 soak: setup ## the full counts, resumable, written as JSON
 	OMP_NUM_THREADS=1 $(VENV) tests/soak/run.py

@@ -18,10 +18,9 @@ __all__ = ["WEB_DIRECTORY", "__version__", "comfy_entrypoint"]
 WEB_DIRECTORY: str | None = "./comfy_client_node/web"
 
 if os.sep in __name__:  # as ComfyUI names the packs in custom_nodes
-    from .comfy_client_node.one_pack import claim
+    from .comfy_client_node.one_pack import choose_web
 
-    if not claim(sys.modules[__name__]):
-        WEB_DIRECTORY = None  # or browsers would run the same scripts twice
+    WEB_DIRECTORY = choose_web(sys.modules[__name__], "./comfy_client_node/web")
 
 
 async def comfy_entrypoint() -> Any:

@@ -13,9 +13,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 import attach  # noqa: E402
+import comfyui_restart  # noqa: E402
 import control  # noqa: E402
 import forward  # noqa: E402
+import interrupt  # noqa: E402
 import pack  # noqa: E402
+import rank_restart  # noqa: E402
 import start  # noqa: E402
 from figures import Figure  # noqa: E402
 from machine import describe_run  # noqa: E402
@@ -26,7 +29,7 @@ RESULT = HERE / "results" / "bench-cpu.json"
 def main() -> int:
     """Measure everything; 0 when every threshold is met."""
     figures: list[Figure] = []
-    for part in (control, attach, forward, start, pack):
+    for part in (control, attach, forward, start, rank_restart, pack, interrupt, comfyui_restart):
         print(f"{part.__name__} …", flush=True)
         for figure in part.measure():
             print(f"  {figure}", flush=True)

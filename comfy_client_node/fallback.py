@@ -51,7 +51,11 @@ def install_check(
 
     def check(executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider = executor.class_obj
-        conds = {kind: [dict(cond) for cond in group] for kind, group in guider.conds.items()}
+        # As they are now: a run that fails has changed them. Guiders have None for no condition.
+        conds = {
+            kind: None if group is None else [dict(cond) for cond in group]
+            for kind, group in guider.conds.items()
+        }
         problem = find_problem(guider.model_patcher, conds)
         if problem is None:
             try:

@@ -40,11 +40,35 @@ def check_first(module: ModuleType) -> None:
     )
 
 
+def choose_web(module: ModuleType, own: str) -> str | None:
+    """WEB_DIRECTORY of a pack: ``own``, or that of the installed package that is used.
+
+    The panel in the browser then is of the version that answers it. None where another pack was
+    first, or browsers would run the same scripts twice.
+    """
+    if not claim(module):
+        return None
+    installed = _import_installed(module)
+    web = getattr(installed, "WEB_DIRECTORY", None)
+    if installed is None or web is None:
+        return own
+    return os.path.normpath(os.path.join(os.path.dirname(str(installed.__file__)), web))
+
+
 def find_installed(module: ModuleType) -> ModuleType | None:
     """The package that pip has installed in ComfyUI's environment, to be used instead.
 
     None where there is none, or it is this very folder. Logs a warning if the versions differ.
     """
+    installed = _import_installed(module)
+    if installed is not None:
+        where = _describe(installed)
+        _log.info("xDiT: the nodes of %s, installed in ComfyUI's environment", where)
+        _warn_of_difference(module, installed)
+    return installed
+
+
+def _import_installed(module: ModuleType) -> ModuleType | None:
     try:
         spec = importlib.util.find_spec(_INSTALLED)
     except (ImportError, ValueError):
@@ -52,11 +76,7 @@ def find_installed(module: ModuleType) -> ModuleType | None:
     if spec is None or spec.origin is None or os.path.samefile(spec.origin, str(module.__file__)):
         return None
     installed = importlib.import_module(_INSTALLED)
-    if not hasattr(installed, "comfy_entrypoint"):
-        return None
-    _log.info("xDiT: the nodes of %s, installed in ComfyUI's environment", _describe(installed))
-    _warn_of_difference(module, installed)
-    return installed
+    return installed if hasattr(installed, "comfy_entrypoint") else None
 
 
 def _warn_of_difference(module: ModuleType, installed: ModuleType) -> None:
@@ -66,7 +86,8 @@ def _warn_of_difference(module: ModuleType, installed: ModuleType) -> None:
     pip = f"{sys.executable} -m pip"
     text = (
         f"xDiT: two versions of xdit-sidecar: {_describe(module)}, and {_describe(installed)}, "
-        "which is installed in ComfyUI's environment and is used"
+        "which is installed in ComfyUI's environment and is used (translations and example "
+        "workflows are the first one's)"
     )
     if own[0] == other[0]:
         _log.warning("%s. To use the other one: %s uninstall %s", text, pip, "xdit-sidecar")

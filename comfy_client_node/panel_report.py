@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from ..protocol import messages as m
+from ..protocol.health.verdict import Failure, Health, find_failures, judge
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +55,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     daemon: Daemon
-    health: str  # "ready", "starting" or "degraded"
+    health: Health
     problems: list[Problem]
     notes: list[str]
     devices: list[m.DeviceStatus]
@@ -74,8 +75,8 @@ def make_report(status: m.Status, own_session: str) -> Report:
             pid=status.pid,
             uptime_seconds=status.uptime_seconds,
         ),
-        health=_health(status),
-        problems=_problems(status),
+        health=judge(status),
+        problems=[_problem(failure) for failure in find_failures(status)],
         notes=[n for s in status.sessions if s.session == own_session for n in s.meaning],
         devices=status.devices,
         components=_components(status, own_session),
@@ -85,34 +86,19 @@ def make_report(status: m.Status, own_session: str) -> Report:
     )
 
 
-def _health(status: m.Status) -> str:
-    states = [device.state for device in status.devices] + [rank.state for rank in status.ranks]
-    group = status.group.state if status.group else "ready"
-    if group == "degraded" or "failed" in states:
-        return "degraded"
-    return "starting" if group == "starting" or "starting" in states else "ready"
-
-
-def _problems(status: m.Status) -> list[Problem]:
-    found = [
-        Problem(
+def _problem(failure: Failure) -> Problem:
+    if failure.of == "device":
+        return Problem(
             code="device-failed",
-            problem=f"{device.device} failed: {device.error or 'no reason is known'}",
+            problem=f"{failure.where} failed: {failure.error}",
             what_to_do="Remove the cause, which the daemon's log tells, then restart the daemon.",
         )
-        for device in status.devices
-        if device.state == "failed"
-    ]
-    if status.group is not None and status.group.state == "degraded":
-        found.append(
-            Problem(
-                code="ranks-degraded",
-                problem=f"The ranks failed: {status.group.error or 'no reason is known'}",
-                what_to_do="Jobs are refused until the daemon is restarted: remove the cause, "
-                "which its log tells, then restart it.",
-            )
-        )
-    return found
+    return Problem(
+        code="ranks-degraded",
+        problem=f"The ranks failed: {failure.error}",
+        what_to_do="Jobs are refused until the daemon is restarted: remove the cause, which its "
+        "log tells, then restart it.",
+    )
 
 
 def _components(status: m.Status, own_session: str) -> list[Component]:

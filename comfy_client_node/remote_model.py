@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,19 @@ import torch
 
 from ..protocol import messages as m
 from ..protocol.client.attachment import Attachment
-from ..protocol.client.remote import OnStep
 from ..protocol.component_file import ComponentFile, hand_over_file
-from ..protocol.errors import MissingComponent, RankLost, SidecarError, UnsupportedModel
+from ..protocol.errors import UnsupportedModel
 from ..protocol.safetensors_file import SafetensorsFile
-from .link import Link, explain, stop_if_interrupted
+from .link import Link, stop_if_interrupted
 from .lora_patches import LoraComponents
+from .ranks_jobs import COMPUTE, run_on_ranks
 from .refusals import check_call
 from .shared_weights import read_shapes
 
-_log = logging.getLogger("xdit_sidecar.comfyui")
-
 _ROLE = "transformer"
 _LOAD_SECONDS = 600.0  # without a byte of progress
-_FORWARD_SECONDS = 600.0
-_RECOVERY_SECONDS = 120.0
 _CHECKPOINT = "model.diffusion_model."  # what the names begin with in whole checkpoints
 _NODE = "XDiT UNet Loader"
-COMPUTE: dict[torch.dtype, m.ComputeDtype] = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
 
 
 class WeightlessModel(RuntimeError):
@@ -74,7 +65,7 @@ class RemoteTransformer(torch.nn.Module):
         self.dtype = dtype
         self.patch_size = patch_size
         self.owner: weakref.ref[Any] | None = None  # the BaseModel, which knows its patcher
-        self._link = link
+        self.link = link
         self._path = path
         self._prefix = prefix
         self._shapes = dict(shapes)
@@ -107,9 +98,9 @@ class RemoteTransformer(torch.nn.Module):
         with SafetensorsFile.open(self._path) as file:
             component = ComponentFile(file, role=_ROLE, prefix=self._prefix)
             progress = _Progress(component.component)
-            for device in self._link.rank_devices():
+            for device in self.link.rank_devices():
                 held[device] = hand_over_file(
-                    self._link.client,
+                    self.link.client,
                     component,
                     device,
                     timeout=_LOAD_SECONDS,
@@ -130,33 +121,24 @@ class RemoteTransformer(torch.nn.Module):
         resident = [(held.component.fingerprint, device) for device, held in self._held.items()]
         self.release()
         for fingerprint, device in () if self._keep else resident:
-            self._link.client.evict_soon(fingerprint, device)
+            self.link.client.evict_soon(fingerprint, device)
 
     # --- the call
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        timestep: torch.Tensor,
-        context: torch.Tensor,
-        y: torch.Tensor | None = None,
-        guidance: torch.Tensor | None = None,
-        ref_latents: list[torch.Tensor] | None = None,
-        control: Any = None,
-        transformer_options: Mapping[str, Any] | None = None,
-        **others: Any,
-    ) -> torch.Tensor:
-        """FLUX's prediction for (B, C, H, W), as ComfyUI's own module gives it."""
-        options = transformer_options or {}
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """FLUX's prediction for (B, C, H, W); called as ComfyUI's own module, see `_forward`."""
+        call = _CALL.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        options = call.arguments["transformer_options"] or {}
+        call.arguments["transformer_options"] = options
         wrappers = comfy.patcher_extension.get_all_wrappers(
             comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
         )
         run = comfy.patcher_extension.WrapperExecutor.new_class_executor(
             self._forward, self, wrappers
         )
-        output: torch.Tensor = run.execute(
-            x, timestep, context, y, guidance, ref_latents, control, options, **others
-        )
+        # Wrappers of other nodes expect the arguments by their places.
+        output: torch.Tensor = run.execute(*call.args[1:], **call.kwargs)
         return output
 
     def _forward(
@@ -194,7 +176,8 @@ class RemoteTransformer(torch.nn.Module):
                 ref_latents_method=method,
             )
 
-        return run_on_ranks(self, make_job, tensors)["output"].to(x.device)
+        outputs = run_on_ranks(self.link, make_job, tensors, self.renew)
+        return outputs["output"].to(x.device)
 
     # --- what a job is made of
 
@@ -209,54 +192,13 @@ class RemoteTransformer(torch.nn.Module):
         """The LoRAs of a ModelPatcher of this model. Raises CannotBeRemote for other patches."""
         return [] if patcher is None else self._loras.of(patcher, list(self._held))
 
-    def run(self, job: m.Job, tensors: dict[str, torch.Tensor], **options: Any) -> Any:
-        """One try. Raises SidecarError."""
-        return self._link.remote.run(job, tensors, should_cancel=stop_if_interrupted, **options)
-
-    def recover(self, error: SidecarError) -> None:
-        """Have what ``error`` was about in place again. Raises SidecarError."""
-        if isinstance(error, RankLost):
-            self._link.remote.wait_until_ready(timeout=_RECOVERY_SECONDS)
-        else:
-            self.hand_over()
-            self._loras.forget()
+    def renew(self) -> None:
+        """Have the weights resident again, and the LoRAs with the next job. Raises SidecarError."""
+        self.hand_over()
+        self._loras.forget()
 
 
-def run_on_ranks(
-    transformer: RemoteTransformer,
-    make_job: Callable[[], m.Job],
-    tensors: dict[str, torch.Tensor],
-    *,
-    timeout: float = _FORWARD_SECONDS,
-    on_step: OnStep | None = None,
-) -> dict[str, torch.Tensor]:
-    """Outputs of a job; it is tried once more if the ranks, or the daemon, were started anew.
-
-    Raises RuntimeError for people at the node.
-    """
-    recovered: set[str] = set()
-    while True:
-        try:
-            outputs: dict[str, torch.Tensor] = transformer.run(
-                make_job(), tensors, timeout=timeout, on_step=on_step
-            )
-            return outputs
-        except SidecarError as error:
-            if not isinstance(error, MissingComponent | RankLost) or error.code in recovered:
-                raise RuntimeError(explain(error)) from None
-            recovered.add(error.code)
-            _log.warning("xDiT: %s; trying once more", error)
-            failure = _recover(transformer, error)
-        if failure is not None:
-            raise RuntimeError(failure)
-
-
-def _recover(transformer: RemoteTransformer, error: SidecarError) -> str | None:
-    try:
-        transformer.recover(error)
-    except SidecarError as failure:
-        return explain(failure)
-    return None
+_CALL = inspect.signature(RemoteTransformer._forward)
 
 
 class _Progress:

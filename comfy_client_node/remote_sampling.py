@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.sample
@@ -11,14 +12,14 @@ import comfy.utils
 import torch
 
 from ..protocol import messages as m
-from ..protocol.errors import SidecarError
-from .link import explain, stop_if_interrupted
+from .link import Link
+from .ranks_jobs import COMPUTE, run_on_ranks
 from .refusals import find_problem
-from .remote_model import COMPUTE, RemoteTransformer, run_on_ranks
+from .remote_model import RemoteTransformer
 from .shared_weights import SharedWeights
+from .sharing import renew_shared
 
 SAMPLERS = ("euler", "ddim", "heun", "dpmpp_2m")
-_SECONDS = 600.0  # from step to step
 _PREVIEW_PIXELS = 512
 # What a condition may have besides text, for the daemon to compute with it.
 _PLAIN = {"pooled_output", "guidance", "cross_attn", "uuid", "model_conds"}
@@ -99,7 +100,12 @@ def sample(run: Run, vae: Any | None = None) -> tuple[dict[str, Any], torch.Tens
             preview=weights is not None,
         )
 
-    outputs = run_on_ranks(transformer, make_job, tensors, on_step=on_step, timeout=_SECONDS)
+    def renew() -> None:
+        transformer.renew()
+        if vae is not None:
+            renew_shared(transformer.link, vae.first_stage_model)
+
+    outputs = run_on_ranks(transformer.link, make_job, tensors, renew, on_step=on_step)
     latent = {**run.latent, "samples": outputs["latent"]}
     return latent, outputs.get("image")
 
@@ -115,18 +121,19 @@ def shared_vae(vae: Any) -> str:
     return shared.attachments[0].component.fingerprint
 
 
-def run_vae(link: Any, vae: Any, job: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Decode or encode with the ranks; ``job`` is the class of the message."""
+def run_vae(link: Link, vae: Any, job: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Decode or encode with the ranks; ``job`` is the class of the message.
+
+    Raises RuntimeError with what to do about it.
+    """
     compute = COMPUTE[vae.vae_dtype]
-    body = job(components={"vae": shared_vae(vae)}, tensors=[], compute=compute)
-    try:
-        outputs = link.remote.run(
-            body, {name: tensor}, timeout=_SECONDS, should_cancel=stop_if_interrupted
-        )
-    except SidecarError as error:
-        raise RuntimeError(explain(error)) from None
-    (output,) = outputs.values()
-    return output  # type: ignore[no-any-return]
+
+    def make_job() -> Any:
+        return job(components={"vae": shared_vae(vae)}, tensors=[], compute=compute)
+
+    renew = partial(renew_shared, link, vae.first_stage_model)
+    (output,) = run_on_ranks(link, make_job, {name: tensor}, renew).values()
+    return output
 
 
 def _make_tensors(run: Run) -> dict[str, torch.Tensor]:

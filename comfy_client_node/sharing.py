@@ -34,7 +34,7 @@ def share_vae(link: Link, vae: Any) -> Any:
     vae.throw_exception_if_invalid()
     module = vae.first_stage_model
     _check(vae.patcher, "VAE")
-    if not _renew(link, module):
+    if not renew_shared(link, module):
         _share(link, module, {"vae": ""}, vae.device)
     return vae
 
@@ -43,13 +43,25 @@ def share_clip(link: Link, clip: Any) -> Any:
     """The CLIP object, now on shared weights; its patches (LoRAs) and hooks stay with it."""
     module = clip.cond_stage_model
     _check(clip.patcher, "CLIP")
-    if not _renew(link, module):
+    if not renew_shared(link, module):
         names = [name for name, _ in module.named_parameters()]
         found = {r: p for r, p in ENCODERS.items() if any(n.startswith(p) for n in names)}
         if not found:
             raise CannotBeShared("this CLIP has neither CLIP-L nor T5: it cannot be shared")
         _share(link, module, found, clip.patcher.load_device)
     return clip
+
+
+def renew_shared(link: Link, module: torch.nn.Module) -> bool:
+    """Whether a module is shared: then with the daemon of today, which may have been restarted.
+
+    Raises SidecarError.
+    """
+    shared = SharedWeights.of(module)
+    if shared is not None:
+        shared.renew(partial(link.client.renew, should_cancel=stop_if_interrupted))
+        SharedPatcher.take_over(module)  # also what was made of it since then
+    return shared is not None
 
 
 def _check(patcher: Any, what: str) -> None:
@@ -67,15 +79,6 @@ def _check(patcher: Any, what: str) -> None:
                 f"({type(found).__name__}): load it with Load {what} (xDiT)"
             )
         found.unpatch_model(None)
-
-
-def _renew(link: Link, module: torch.nn.Module) -> bool:
-    """Whether it is shared: then with the daemon of today, which may have been restarted."""
-    shared = SharedWeights.of(module)
-    if shared is not None:
-        shared.renew(partial(link.client.renew, should_cancel=stop_if_interrupted))
-        SharedPatcher.take_over(module)  # also what was made of it since then
-    return shared is not None
 
 
 def _share(

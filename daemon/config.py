@@ -45,6 +45,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
     device: str = "auto"
     ranks: Annotated[int, Meta(ge=0, le=limits.RANKS)] = 0
+    spare_ranks: bool = True
+    compiles: Literal["auto", "on", "off"] = msgspec.field(name="compile", default="auto")
     deadline: Annotated[float, Meta(ge=1, le=86400)] = 60.0
     budget: Annotated[int, Meta(ge=limits.REGION_GRANULE, le=_MOST)] | None = None
     reserve: Size = 512 * limits.MIB
@@ -165,6 +167,8 @@ def make_settings(config: Config) -> Settings:
         endpoints=resolve_runtime_dir(os.path.expanduser(directory) if directory else None),
         devices=choose_devices(config.device),
         ranks=config.ranks,
+        spare_ranks=config.spare_ranks,
+        compiles=config.compiles,
         deadline=config.deadline,
         budget=config.budget,
         reserve=config.reserve,

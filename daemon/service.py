@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..protocol import messages as m
+from ..protocol.health.verdict import find_failures
 from .broker.broker import Broker
 from .broker.log import log
 from .config import RELOADABLE, ConfigError, Loaded
@@ -126,10 +127,11 @@ class Service:
 
 def describe(status: m.Status) -> str:
     """The state in one line, what is wrong first."""
-    wrong = [f"{d.device} {d.state}: {d.error}" for d in status.devices if d.state == "failed"]
+    wrong = [
+        f"{f.where} failed: {f.error}" if f.of == "device" else f"ranks given up: {f.error}"
+        for f in find_failures(status)
+    ]
     group = status.group
-    if group is not None and group.state == "degraded":
-        wrong.append(f"ranks given up: {group.error}")
     components = status.components
     filling = [c for c in components if c.state == "filling" and c.filled]
     words = [

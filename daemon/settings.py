@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 from ..protocol import limits
+from ..protocol import messages as m
 from ..protocol.endpoints import Endpoints
 
 
@@ -20,6 +21,8 @@ class Settings:
     endpoints: Endpoints
     devices: tuple[str, ...]  # "cpu" or GPU UUIDs
     ranks: int = 0
+    spare_ranks: bool = True  # as many processes wait to take the places of ranks that died
+    compiles: m.Compile = "auto"  # whether ranks compile transformers; "auto": on a GPU
     deadline: float = 60.0  # of one task of the ranks, and of one exchange among them
     budget: int | None = None  # per device, for regions; None: all but the reserve
     reserve: int = 512 * limits.MIB  # stays free on each device for others

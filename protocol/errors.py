@@ -54,7 +54,7 @@ class Busy(SidecarError):
 
 
 class Unsupported(SidecarError):
-    """A valid message of a newer minor version that this side does not know."""
+    """A valid message from a sender that may not send it: only ranks are given tasks."""
 
     code = "unsupported"
 

@@ -13,7 +13,7 @@ MIB: Final = 1024 * KIB
 GIB: Final = 1024 * MIB
 
 # ZeroMQ. One control message is one frame; bulk messages are a header and up to BULK_PARTS - 1
-# raw frames. libzmq drops the connection of a peer whose frame announces more than FRAME bytes.
+# raw frames. libzmq drops the connection of a peer whose frame announces more than *_FRAME.
 CONTROL_FRAME: Final = 4 * MIB  # the largest manifest and the largest status fit
 BULK_FRAME: Final = 64 * MIB
 CONTROL_PARTS: Final = 1
@@ -21,6 +21,7 @@ BULK_PARTS: Final = 20  # a header, JOB_TENSORS frames, and what large tensors h
 BULK_MESSAGE: Final = 256 * MIB
 CONTROL_QUEUE: Final = 32  # messages that may wait in either direction of one connection
 BULK_QUEUE: Final = 8
+SOCKET_BUFFER: Final = MIB  # of a connection, in the kernel; the system may allow less
 CONNECTIONS: Final = 1024  # ZeroMQ connections at once, per socket
 UNREAD_MEMORY: Final = 512 * MIB  # growth of the broker above which connections are shed
 
@@ -54,6 +55,7 @@ SAFETENSORS_HEADER: Final = 100_000_000
 
 # Jobs for the ranks.
 RANKS: Final = 64
+TRANSFORMERS: Final = 8  # of which a rank tells how they run
 JOBS: Final = 256  # waiting or running, of all sessions together
 JOB_TENSORS: Final = 15
 JOB_OUTPUT: Final = 240 * MIB  # of all outputs of one job: a picture of 4096² as floats fits

@@ -49,17 +49,23 @@ def pack_tensor(
     return part, [data[start : start + limits.BULK_FRAME] for start in starts]
 
 
-def unpack_tensor(part: TensorPart, frames: Iterator[Buffer]) -> torch.Tensor:
-    """A tensor of its own, in host memory, from the next frames.
+def unpack_tensor(part: TensorPart, frames: Iterator[Buffer], *, copy: bool = True) -> torch.Tensor:
+    """A tensor in host memory, from the next frames.
 
-    Raises BadMessage if their bytes are too few or too many.
+    Not ``copy``: it may show a frame's memory, and is not to be written to. Raises BadMessage if
+    their bytes are too few or too many.
     """
     import torch
 
     arrived = list(islice(frames, min(part.frames, limits.BULK_PARTS)))
     if (nbytes := sum(map(len, arrived))) != part.nbytes:
         raise BadMessage(f"tensor {part.name!r}: {nbytes} bytes came, {part.nbytes} expected")
-    tensor = torch.empty(part.shape, dtype=torch_dtype(part.dtype))
+    dtype = torch_dtype(part.dtype)
+    if not copy and part.nbytes and len(arrived) == 1 and not memoryview(arrived[0]).readonly:
+        shown = torch.frombuffer(arrived[0], dtype=dtype)
+        if shown.data_ptr() % dtype.itemsize == 0:
+            return shown.view(part.shape)
+    tensor = torch.empty(part.shape, dtype=dtype)
     data, start = _bytes_of(tensor), 0
     for frame in arrived:
         data[start : start + len(frame)] = frame

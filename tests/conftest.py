@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import leaks
 import platforms
 import pytest
 from daemon_process import DaemonProcess, running_daemon
+from work_order import SlowestFirst
 from xdit_sidecar.protocol.regions.cuda_driver import CudaDriver
 from xdit_sidecar.protocol.regions.table import process_regions
 
@@ -79,6 +81,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if on_gpu and not _has_gpu():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA driver answers"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SlowestFirst:
+    return SlowestFirst(config, log)
 
 
 def _has_gpu() -> bool:

@@ -23,6 +23,7 @@ class DaemonProcess:
     """``xdit-sidecar serve`` with its runtime directory, log and environment.
 
     ``options`` are appended to the command line; ``environment`` is added to this process's.
+    There are no spare ranks unless the options ask for them: their imports take the cores of tests.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class DaemonProcess:
             *(sys.executable, "-m", "xdit_sidecar.daemon", "serve"),
             *("--device", device, "--runtime-dir", str(self.runtime_dir), *options),
         ]
-        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+        defaults = {"OMP_NUM_THREADS": "1", "XDIT_SIDECAR_SPARE_RANKS": "false"}
+        self._environment = {**os.environ, **defaults, **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> DaemonProcess:

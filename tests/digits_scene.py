@@ -18,8 +18,13 @@ from xdit_sidecar.daemon.tokenizers import Tokenizers
 
 STEPS = 4
 CFG = 1.5
-# Of 100 or 20 pictures; where nothing is drawn but noise, a tenth is read rightly.
-RIGHT = 0.9
+# Where nothing is drawn but noise, a tenth of the pictures is read rightly; with any of the faults
+# in meaning/test_faults.py a third at most. Seeds are fixed: only rounding can change a count.
+RIGHT = 0.9  # at least
+BROKEN = 0.6  # at most
+# Pictures in `make test`; the soak has 20 and 100. Where a third is right, nine of ten are by
+# chance less than once in a thousand cases.
+FEW = 10
 
 
 @dataclass
@@ -58,8 +63,8 @@ def token_ids(prompts: Sequence[str]) -> Inputs:
 class Request:
     """Pictures of every digit in turn, by one seed."""
 
-    count: int = 20
-    seed: int = 1000
+    count: int = FEW
+    seed: int = 2
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property

@@ -16,7 +16,7 @@ import project
 import pytest
 from comfyui import packs
 from processes import uncovered_environment
-from xdit_sidecar.daemon import node_pack
+from xdit_sidecar.daemon.comfyui import pack as node_pack
 from xdit_sidecar.daemon.commands.app import run
 
 NOBODY = 65534
@@ -309,6 +309,28 @@ def test_the_python_of_a_comfyui(comfy: Path, node: Run, tmp_path: Path, where: 
     code, out, _ = node(*STATUS, comfy, "--python", sys.executable)
     assert code == 0
     assert "it has all of requirements.txt" in out
+
+
+@pytest.mark.parametrize(("version", "code"), [(None, 0), ("0.0.1", 1)])
+def test_another_version_in_the_python_of_a_comfyui(
+    comfy: Path, node: Run, tmp_path: Path, version: str | None, code: int
+) -> None:
+    """Nodes of the installed version, everything else of the pack's: that is not complete."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (site,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+    own = str(node_pack.look_at_source().version)
+    for name in ("torch", "pyzmq", "msgpack", "msgspec", "xdit-sidecar"):
+        described = site / f"{name.replace('-', '_')}-1.dist-info" / "METADATA"
+        described.parent.mkdir()
+        number = (version or own) if name == "xdit-sidecar" else "99"
+        described.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+    node(*INSTALL, comfy)
+    found, out, _ = node(*STATUS, comfy)
+    assert found == code
+    assert f"xdit-sidecar {version or own} is installed there, and is used instead" in out
+    advice = f"{tmp_path / 'venv'}/bin/python -m pip uninstall xdit-sidecar"
+    assert (advice in out) == bool(version)
+    assert json.loads(node(*STATUS, comfy, "--json")[1])["ok"] == (not code)
 
 
 def test_requirements_are_installed_on_request(comfy: Path, node: Run, tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ class Broker:
             settings.endpoints.directory,
             deadline=settings.deadline,
             reserve=settings.reserve,
+            spares=settings.spare_ranks,
+            compiles=settings.compiles,
             deliver=self.answer,
             on_lost=lost,
             on_change=lambda: self.service.ranks_changed(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -33,6 +34,10 @@ from .rank_link import RankLink, Result
 
 _TRIM_AFTER_SECONDS = 2.0  # without work
 _LOOK_SECONDS = 0.02
+_COMPILE_AFTER_SECONDS = 0.5  # without work: more than between the steps of a client's sampler
+_COMPILE_AMID_SECONDS = 60.0  # after which ranks that are never idle compile between two turns
+_COMPILE_SECONDS = 600.0  # that one piece may take: a minute on a loaded machine, not the deadline
+_COMPILE_LOSSES = 2  # ranks lost while they compiled, after which they are started without
 
 Frames = Sequence[Frame]
 
@@ -66,6 +71,9 @@ class JobService:
         self._numbers = itertools.count(1)
         self._wake = asyncio.Event()
         self._worked = False  # since memory was trimmed
+        self._compile_at = math.inf  # when ranks are to compile though jobs wait
+        self._compiling = False
+        self._compile_losses = 0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -117,7 +125,12 @@ class JobService:
         return True
 
     def ranks_lost(self, error: RankLost) -> None:
-        """The ranks are gone with everything that they held."""
+        """The ranks are gone with everything that they held; others have not been started yet."""
+        if self._compiling:
+            self._compile_losses += 1
+            if self._compile_losses >= _COMPILE_LOSSES:
+                self._group.compiles = "off"
+                log("compile-given-up", "warning", error=str(error))
         self.kept.clear()
         self._dropped_jobs.clear()
         self._dropped_sessions.clear()
@@ -152,12 +165,46 @@ class JobService:
             await self._wait()
 
     async def _wait(self) -> None:
-        patience = _TRIM_AFTER_SECONDS if self._worked and self._group.state == "ready" else None
+        patience = None
+        if self._has_to_compile:
+            patience = _COMPILE_AFTER_SECONDS
+        elif self._worked and self._group.state == "ready":
+            patience = _TRIM_AFTER_SECONDS
         try:
             await asyncio.wait_for(self._wake.wait(), patience)
         except TimeoutError:
-            self._worked = False
-            await self._trim()
+            if self._has_to_compile:
+                await self._compile()
+            else:
+                self._worked = False
+                await self._trim()
+
+    @property
+    def _has_to_compile(self) -> bool:
+        told = (transformer for link in self._group.links for transformer in link.transformers)
+        waiting = any(transformer.state == "compiling" for transformer in told)
+        return waiting and self._group.state == "ready"
+
+    def _compile_is_overdue(self) -> bool:
+        if not self._has_to_compile:
+            self._compile_at = math.inf
+            return False
+        now = asyncio.get_running_loop().time()
+        if self._compile_at == math.inf:
+            self._compile_at = now + _COMPILE_AMID_SECONDS
+        return now >= self._compile_at
+
+    async def _compile(self) -> None:
+        """Have the ranks compile one piece. Jobs that come meanwhile wait for it."""
+        self._worked, self._compile_at = True, math.inf
+        self._compiling = True
+        try:
+            with contextlib.suppress(RankLost):
+                await self._group.run(
+                    lambda link: m.CompileTask(task=link.new_task()), patience=_COMPILE_SECONDS
+                )
+        finally:
+            self._compiling = False
 
     async def _trim(self) -> None:
         with contextlib.suppress(RankLost):
@@ -169,6 +216,8 @@ class JobService:
             await self._close_regions()
         elif self._dropped_jobs or self._dropped_sessions:
             await self._drop_from_ranks()
+        elif self._compile_is_overdue():
+            await self._compile()
         elif (job := self.jobs.take()) is not None:
             await self._take_turn(job)
         else:

@@ -15,11 +15,13 @@ from typing import Literal
 
 from ...protocol import messages as m
 from ...protocol.errors import RankFault, RankLost, RanksUnavailable
+from ..ranks.messages import Assignment
 from .child_process import RestartPolicy
 from .events import Asker
 from .jobs import Frame
 from .log import log
 from .rank_link import RankLink, Result
+from .rank_pool import RankPool
 
 _START_SECONDS = 180.0  # imports, CUDA contexts and meeting, on a loaded machine
 _GRACE_SECONDS = 1.0  # past the deadline, in which the ranks themselves give up
@@ -29,9 +31,9 @@ class RankGroup:
     """The ranks on ``devices``, one each, in ``runtime_dir``.
 
     ``deadline``: seconds that one task may take, and one exchange among the ranks; ``reserve``:
-    bytes of each device that they leave to others. ``on_lost`` is
-    called with the error that what they were working on ends with, ``on_change`` when the group
-    becomes ready or is given up.
+    bytes of each device that they leave to others; ``spares``: whether as many processes wait to
+    take their places. ``on_lost`` is called with the error that what they were working on ends
+    with, ``on_change`` when the group becomes ready or is given up.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class RankGroup:
         *,
         deadline: float,
         reserve: int,
+        spares: bool,
         deliver: Callable[[Asker, m.Task, Sequence[Frame]], None],
         on_lost: Callable[[RankLost], None],
         on_change: Callable[[], None],
+        compiles: m.Compile = "auto",
     ) -> None:
         self.devices = list(devices)
         self.state: Literal["starting", "ready", "degraded"] = "starting"
@@ -53,6 +57,7 @@ class RankGroup:
         self.deadline = deadline
         self._runtime_dir = runtime_dir
         self.reserve = reserve
+        self.compiles = compiles  # what ranks are told at their start
         self._deliver = deliver
         self._on_lost = on_lost
         self._on_change = on_change
@@ -61,6 +66,7 @@ class RankGroup:
         self._timer: asyncio.TimerHandle | None = None  # of the start, or until the next one
         self._overdue: asyncio.TimerHandle | None = None  # of the task that is worked on
         self._ending = False  # killed, not all gone yet
+        self._pool = RankPool(self._arguments(), len(self.devices) if spares else 0)
 
     @property
     def backend(self) -> Literal["gloo", "nccl"]:
@@ -91,8 +97,14 @@ class RankGroup:
     def close(self) -> None:
         """End all processes and do not start them again."""
         self._cancel_timers()
+        self._pool.close()
         self._discard()
         self._meeting_file.unlink(missing_ok=True)
+
+    @property
+    def spares_ready(self) -> int:
+        """How many processes wait to take a rank's place."""
+        return self._pool.ready
 
     def rank_of(self, pid: int) -> RankLink | None:
         """The rank with this pid."""
@@ -104,19 +116,22 @@ class RankGroup:
         frames: Sequence[Frame] = (),
         *,
         together: bool = False,
+        patience: float | None = None,
     ) -> list[Result]:
         """Give every rank its task and wait for all. Only one such call at a time.
 
-        ``together``: the ranks meet in collectives, so they must all end alike. Raises RankLost if
-        a rank dies, hangs or is out of step with the others.
+        ``together``: the ranks meet in collectives, so they must all end alike; ``patience``: the
+        seconds that it may take, instead of the deadline. Raises RankLost if a rank dies, hangs or
+        is out of step with the others.
         """
         if self.state != "ready":
             raise RankLost("the ranks are being restarted: try again")
         futures = [link.give(make_task(link), frames) for link in self.links]
+        seconds = self.deadline if patience is None else patience
         self._overdue = self._loop.call_later(
-            self.deadline + _GRACE_SECONDS,
+            seconds + _GRACE_SECONDS,
             lambda: self.restart(
-                f"{self._silent(futures)} did not finish a task within {self.deadline:g} s"
+                f"{self._silent(futures)} did not finish a task within {seconds:g} s"
             ),
         )
         try:
@@ -167,16 +182,19 @@ class RankGroup:
     def _meeting_file(self) -> Path:
         return self._runtime_dir / "ranks.meeting"
 
+    def _arguments(self) -> list[str]:
+        """What every process is started with, whichever rank it becomes."""
+        return [
+            *("--world-size", str(len(self.devices)), "--backend", self.backend),
+            *("--deadline", str(self.deadline), "--runtime-dir", str(self._runtime_dir)),
+            *("--meeting-file", str(self._meeting_file)),
+            *(["--gpu"] if any(device != "cpu" for device in self.devices) else []),
+        ]
+
     def _start_rank(self, rank: int, device: str) -> RankLink:
         return RankLink(
-            rank,
-            device,
-            arguments=[
-                *("--world-size", str(len(self.devices)), "--backend", self.backend),
-                *("--deadline", str(self.deadline), "--runtime-dir", str(self._runtime_dir)),
-                *("--meeting-file", str(self._meeting_file), "--reserve", str(self.reserve)),
-                *("--neighbours", str(self.devices.count(device))),
-            ],
+            Assignment(rank, device, self.reserve, self.devices.count(device), self.compiles),
+            self._pool,
             deliver=self._deliver,
             on_ready=self._rank_ready,
             on_exit=self._rank_exited,
@@ -190,6 +208,7 @@ class RankGroup:
         self._policy.started()  # a group that hangs before this is no group that lived
         log("ranks-ready", ranks=len(self.links))
         self._on_change()
+        self._pool.fill()  # not before: their imports would take the cores of the ranks' start
 
     def _rank_exited(self, link: RankLink, status: int) -> None:
         log("rank-lost", "error", rank=link.rank, pid=link.pid, status=status)
@@ -203,6 +222,7 @@ class RankGroup:
             self._timer = self._loop.call_later(delay, self.start)
             return
         self.state = "degraded"
+        self._pool.close()
         log("ranks-degraded", "error", error=self.error)
         self._on_change()
 

@@ -13,9 +13,11 @@ from typing import Literal, NamedTuple
 
 from ...protocol import messages as m
 from ...protocol.errors import RankLost
-from .child_process import ChildProcess
+from ..ranks.messages import Assignment
 from .events import Asker
 from .jobs import Frame
+from .log import log
+from .rank_pool import RankPool
 
 
 class Result(NamedTuple):
@@ -26,28 +28,28 @@ class Result(NamedTuple):
 
 
 class RankLink:
-    """One life of one rank; the group starts the next one.
+    """One life of one rank, in a process of the pool; the group starts the next one.
 
     ``deliver(asker, task, frames)`` sends a task; ``on_ready`` and ``on_exit`` tell the group.
     """
 
     def __init__(
         self,
-        rank: int,
-        device: str,
+        assignment: Assignment,
+        pool: RankPool,
         *,
-        arguments: list[str],
         deliver: Callable[[Asker, m.Task, Sequence[Frame]], None],
         on_ready: Callable[[], None],
         on_exit: Callable[[RankLink, int], None],
     ) -> None:
         """Raises OSError if the process cannot be started."""
-        self.rank = rank
-        self.device = device
+        self.rank = assignment.rank
+        self.device = assignment.device
         self.state: Literal["starting", "ready", "ended"] = "starting"
-        self.error: str | None = None  # its last words
+        self.error: str | None = None  # why it ended
         self.session: str | None = None  # set when it asks for its first task
         self.copied = 0  # bytes of components in host memory, on its device
+        self.transformers: list[m.TransformerStatus] = []  # as it last said
         self._deliver = deliver
         self._on_ready = on_ready
         self._on_exit = on_exit
@@ -56,12 +58,8 @@ class RankLink:
         self._idle: Asker | None = None  # its open request for a task
         self._queue: deque[tuple[m.Task, Sequence[Frame]]] = deque()
         self._running: dict[int, asyncio.Future[Result]] = {}
-        self._child = ChildProcess(
-            "xdit_sidecar.daemon.ranks",
-            ["--rank", str(rank), "--device", device, *arguments],
-            on_exit=self._exited,
-        )
-        self.pid = self._child.pid
+        self._process = pool.take(assignment, self._exited)
+        self.pid = self._process.pid
 
     def new_task(self) -> int:
         """A number for the next task."""
@@ -82,14 +80,15 @@ class RankLink:
 
     def asks(self, asker: Asker, request: m.NextTask, frames: Sequence[Frame]) -> None:
         """The rank brings the outcome of its last task and asks for another."""
-        if isinstance(request.outcome, m.Failed) and not request.task:
-            self.error = f"rank {self.rank}: {request.outcome.message}"  # and ends
-            return
         if self.state == "starting":
             self.state, self.session = "ready", asker.session
             self._on_ready()
         if isinstance(request.outcome, m.Opened):
             self.copied = request.outcome.copied
+        for told in request.transformers:
+            if told.state == "refused" and told not in self.transformers:
+                log("not-compiled", "warning", rank=self.rank, model=told.label, reason=told.reason)
+        self.transformers = request.transformers
         future = self._running.pop(request.task, None)
         if future is not None and not future.done() and request.outcome is not None:
             future.set_result(Result(request.outcome, frames))
@@ -98,11 +97,11 @@ class RankLink:
 
     def kill(self) -> None:
         """End the process; ``on_exit`` follows."""
-        self._child.kill()
+        self._process.kill()
 
     def discard(self) -> None:
         """End the process now; ``on_exit`` is not called."""
-        self._child.discard()
+        self._process.discard()
         self._end("the daemon stops")
 
     def _hand_out(self) -> None:
@@ -111,7 +110,9 @@ class RankLink:
             self._deliver(asker, *self._queue.popleft())
 
     def _exited(self, status: int) -> None:
-        self._end(self.error or f"the process {self.pid} of rank {self.rank} ended ({status})")
+        last = self._process.error
+        told = f"the process {self.pid} of rank {self.rank} ended ({status})"
+        self._end(f"rank {self.rank}: {last}" if last else told)
         self._on_exit(self, status)
 
     def _end(self, reason: str) -> None:

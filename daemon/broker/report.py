@@ -51,6 +51,7 @@ def _ranks(broker: Broker) -> list[m.RankStatus]:
                 error=group.error or (link.error if link else None),
                 starts=group.starts,
                 copied=link.copied if ready and link is not None else 0,
+                transformers=link.transformers if ready and link is not None else [],
             )
         )
     return lines
@@ -68,6 +69,7 @@ def _group(broker: Broker) -> m.GroupStatus | None:
         jobs=len(service.jobs),
         kept_tensors=len(service.kept),
         kept_bytes=service.kept.nbytes,
+        spares=group.spares_ready,
     )
 
 

@@ -87,6 +87,7 @@ class Router:
         self._socket.router_mandatory = True  # or what cannot be sent vanishes without a word
         self._socket.maxmsgsize = frame_limit
         self._socket.rcvhwm = self._socket.sndhwm = queue
+        self._socket.sndbuf = limits.SOCKET_BUFFER
         self._socket.backlog = _BACKLOG
         for uid in allowed:
             self._socket.setsockopt(zmq.IPC_FILTER_UID, uid)

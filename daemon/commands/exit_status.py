@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...protocol.endpoints import RuntimeDirError
 from ...protocol.errors import DaemonAbsent, SidecarError
-from ..comfyui_folder import NotComfyUI
+from ..comfyui.folder import NotComfyUI
 
 HEALTHY = 0
 FAILED = 1

@@ -12,8 +12,8 @@ import msgspec
 import typer
 
 from ...protocol.errors import SidecarError
-from .. import node_pack
-from ..comfyui_folder import (
+from ..comfyui import pack as node_pack
+from ..comfyui.folder import (
     ComfyPython,
     NoPython,
     ask_python,
@@ -23,7 +23,7 @@ from ..comfyui_folder import (
     requirement_names,
     run_pip,
 )
-from ..node_pack import NAME, REQUIREMENTS, Change, Pack
+from ..comfyui.pack import NAME, REQUIREMENTS, Change, Pack
 from . import exit_status
 from .console import make_console
 from .options import Json
@@ -59,6 +59,11 @@ class Surroundings(msgspec.Struct):
     python: ComfyPython | None
     missing: list[str] | None  # None: not known
     pip: list[str]
+
+    @property
+    def installed(self) -> str | None:
+        """The version of this package in that Python, whose nodes ComfyUI uses instead."""
+        return self.python.packages[_SELF] if self.python else None
 
 
 class Installed(msgspec.Struct):
@@ -164,11 +169,12 @@ def status_command(comfyui: ComfyUI, python: Python = None, json: Json = False) 
             pack.kind in ("copy", "link", "clone")
             and pack.version == state.own_version
             and not (pack.changed or state.others or around.missing)
+            and around.installed in (None, pack.version)
         )
     if json:
         _print_json(state)
     else:
-        _print(*_describe_state(state), *_describe_python(around))
+        _print(*_describe_state(state), *_describe_python(around), *_describe_mixture(state))
     raise typer.Exit(exit_status.HEALTHY if state.ok else exit_status.FAILED)
 
 
@@ -264,11 +270,22 @@ def _describe_python(around: Surroundings) -> list[str]:
     torch = python.packages[_TORCH]
     with_torch = f"torch {torch}" if torch else "no torch: is it the right one?"
     lines = [f"its Python: {python.path} ({python.version}, {with_torch})"]
-    if installed := python.packages[_SELF]:
+    if installed := around.installed:
         lines.append(f"xdit-sidecar {installed} is installed there, and is used instead")
     if around.missing:
         return [*lines, f"{', '.join(around.missing)} must be installed there:", f"  {command}"]
     return [*lines, f"it has all of {REQUIREMENTS}"]
+
+
+def _describe_mixture(state: State) -> list[str]:
+    around, pack = state.surroundings, state.pack
+    if around.python is None or pack.version is None or around.installed in (None, pack.version):
+        return []
+    return [
+        f"that is another version than {pack.version} in {pack.path}, which ComfyUI takes the "
+        "translations and example workflows from: to have one version of all, run",
+        f"  {shlex.join([str(around.python.path), '-m', 'pip', 'uninstall', _SELF])}",
+    ]
 
 
 def _print(*lines: str) -> None:

@@ -36,6 +36,25 @@ def serve_command(
     ranks: Annotated[
         str | None, _flag("NUMBER", "Rank processes to keep, 64 at most. [default: 0]")
     ] = None,
+    spare_ranks: Annotated[
+        bool | None,
+        typer.Option(
+            "--spare-ranks/--no-spare-ranks",
+            help="Keep as many processes ready to take the places of ranks that died. "
+            "[default: yes]",
+            show_default=False,
+        ),
+    ] = None,
+    compiles: Annotated[
+        str | None,
+        typer.Option(
+            "--compile",
+            metavar="auto|on|off",
+            help="Whether ranks compile transformers while they are idle; auto: on a GPU. "
+            "[default: auto]",
+            show_default=False,
+        ),
+    ] = None,
     deadline: Annotated[
         str | None,
         _flag(
@@ -88,6 +107,8 @@ def serve_command(
     flags: dict[str, str | list[str] | None] = {
         "device": device,
         "ranks": ranks,
+        "spare-ranks": None if spare_ranks is None else str(spare_ranks).lower(),
+        "compile": compiles,
         "deadline": deadline,
         "budget": budget,
         "reserve": reserve,

@@ -15,6 +15,7 @@ from ...protocol.client.client import Client
 from ...protocol.client.deadline import Deadline
 from ...protocol.errors import SidecarError
 from ...protocol.health.units import human_age, human_bytes
+from ...protocol.health.verdict import judge
 from . import exit_status
 from .console import make_console, make_table
 from .options import Json, RuntimeDir
@@ -55,8 +56,8 @@ def status_command(
         typer.echo(msgspec.json.encode(status))
     else:
         print_status(make_console(), status, own)
-    states = [device.state for device in status.devices] + [rank.state for rank in status.ranks]
-    raise typer.Exit(exit_status.FAILED if "failed" in states else exit_status.HEALTHY)
+    failed = judge(status) == "degraded"
+    raise typer.Exit(exit_status.FAILED if failed else exit_status.HEALTHY)
 
 
 def print_status(console: Console, status: m.Status, own: str | None = None) -> None:
@@ -82,6 +83,10 @@ def describe_status(
         yield table
         if not table.row_count:
             yield "none"
+    for rank in status.ranks:
+        for told in rank.transformers:
+            reason = f" ({told.reason})" if told.reason else ""
+            yield f"rank {rank.rank}: {told.label}, {told.compute}: {told.state}{reason}"
     for session in sessions:
         for line in session.meaning:
             yield f"{session.session}: {line}"
@@ -160,7 +165,8 @@ def _sessions(sessions: list[m.SessionStatus]) -> Table:
 
 
 def _ranks(ranks: list[m.RankStatus], group: m.GroupStatus) -> Table:
-    title = f"Ranks: {group.state}, {group.backend}, {group.jobs} jobs"
+    spares = f", {group.spares} spare" if group.spares else ""
+    title = f"Ranks: {group.state}, {group.backend}, {group.jobs} jobs{spares}"
     table = make_table(title, ">rank", "device", ">pid", "state", ">starts", ">copies", "error")
     for rank in ranks:
         table.add_row(

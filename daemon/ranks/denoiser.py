@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...protocol import limits
 from ...protocol import messages as m
 from ..models.degrees import choose_degrees
 from ..models.flux_config import FluxConfig
@@ -17,6 +18,7 @@ from ..models.memory import forward_bytes
 from .components import OpenComponent, OpenComponents
 from .dtypes import DTYPES
 from .flux.adapters import LoraStack, applied, from_file
+from .flux.compiled_forward import CompiledForward
 from .flux.latents import from_tokens, to_inputs
 from .flux.missing_guidance import allow_missing_guidance
 from .flux.model import build_flux
@@ -60,7 +62,11 @@ class Conditioning:
 class _Resident:
     """A transformer in one compute dtype."""
 
-    def __init__(self, component: OpenComponent, compute: m.ComputeDtype) -> None:
+    def __init__(
+        self, component: OpenComponent, compute: m.ComputeDtype, refusal: str | None, compiles: bool
+    ) -> None:
+        self.label = component.component.label
+        self.compute: m.ComputeDtype = compute
         self.config: FluxConfig = component.build(
             "config", lambda: detect_flux(component.component.tensors, component.component.label)
         )
@@ -69,6 +75,7 @@ class _Resident:
         allow_missing_guidance(loaded.model)
         self.flux = ParallelFlux(loaded.model)
         self.casts = bool(loaded.cast_layers)
+        self.compiled = CompiledForward(self.flux, refusal=refusal) if compiles else None
         self.pipefusion = PipeFusion(
             self.flux, KvStore(max_entries=_MOST_RUNS, max_bytes=_RUN_BYTES)
         )
@@ -78,9 +85,18 @@ class Denoiser:
     """All ranks of a group call :meth:`predict` with equal arguments, in the same order."""
 
     def __init__(
-        self, group: RankGroup, components: OpenComponents, reservation: Reservation
+        self,
+        group: RankGroup,
+        components: OpenComponents,
+        reservation: Reservation,
+        *,
+        compiles: bool,
+        refusal: str | None = None,
     ) -> None:
+        """``compiles``: whether blocks are compiled; ``refusal``: why they must not be."""
         self._group = group
+        self._compiles = compiles
+        self._refusal = refusal
         self._components = components
         self._reservation = reservation
         self._contexts: dict[ParallelConfig, ParallelContext] = {}
@@ -125,9 +141,31 @@ class Denoiser:
                     condition=conditioning.name,
                     adapters=str(options.adapters),
                 ).output
+            elif resident.compiled is not None and stack is None and context.config.sequence == 1:
+                tokens = resident.compiled.forward(context, inputs)
             else:
                 tokens = resident.flux.forward(context, inputs)
         return from_tokens(tokens, placement)
+
+    def compile_piece(self) -> None:
+        """Compile a piece of the first transformer that waits for it; no rank needs another."""
+        for resident in self._components.built(_Resident):
+            if resident.compiled is not None and resident.compiled.compilation.next_piece:
+                resident.compiled.compile_piece()
+                return
+
+    def transformers(self) -> list[m.TransformerStatus]:
+        """How forwards of each resident transformer run; none where nothing is ever compiled."""
+        return [
+            m.TransformerStatus(
+                label=resident.label,
+                compute=resident.compute,
+                state=resident.compiled.compilation.state,
+                reason=resident.compiled.compilation.reason,
+            )
+            for resident in self._components.built(_Resident)[: limits.TRANSFORMERS]
+            if resident.compiled is not None
+        ]
 
     def forget_session(self, session: str) -> None:
         """Drop what an ended session left."""
@@ -141,7 +179,8 @@ class Denoiser:
     def _resident(self, options: DenoiserOptions) -> _Resident:
         component = self._components.find(options.region, "transformer")
         return component.build(
-            ("flux", options.compute), lambda: _Resident(component, options.compute)
+            ("flux", options.compute),
+            lambda: _Resident(component, options.compute, self._refusal, self._compiles),
         )
 
     def _context(

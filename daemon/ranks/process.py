@@ -1,16 +1,17 @@
-"""A rank process: meets the others, then waits for a task, does it, and waits again.
+"""A rank process: imports, is told which rank it is, meets the others; then it does tasks.
 
-A rank is a client of the broker like any other, so that its leases end with it. It waits here and
-never inside a collective.
+A rank is a client of the broker like any other, so that its leases end with it. It waits
+here and never inside a collective. What it imports is the same for all ranks, so that it may be
+done long before there is a rank to be.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import faulthandler
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -19,8 +20,10 @@ from ...protocol import messages as m
 from ...protocol.client.client import Client
 from ...protocol.client.deadline import Deadline
 from ...protocol.client.session import ClientSession
-from ...protocol.errors import BadMessage, RankFault, SidecarError
+from ...protocol.errors import BadMessage, SidecarError
 from ..child import die_with_parent
+from .channel import RankChannel
+from .code_cache import code_cache
 
 if TYPE_CHECKING:
     from .worker import Worker
@@ -42,15 +45,7 @@ class RankClient(Client):
             outcome, frames = worker.perform(
                 task, inputs, lambda number: session.take_descriptor(number, Deadline(10.0))
             )
-            request = m.NextTask(task=task.task, outcome=outcome)
-
-    def refuse(self, error: BaseException) -> None:
-        """Tell the broker why this rank ends before it has begun."""
-        reason = m.failed_answer(RankFault(f"{type(error).__name__}: {error}"))
-        with contextlib.suppress(SidecarError):
-            session = self.session(Deadline(5.0))
-            with self.exchanges.open(session, m.NextTask(outcome=reason), Deadline(1.0)):
-                self.ping(timeout=1.0)  # answered after the reason was read
+            request = m.NextTask(task=task.task, outcome=outcome, transformers=worker.transformers)
 
     def _next(
         self, session: ClientSession, request: m.NextTask, frames: Sequence[memoryview]
@@ -64,15 +59,13 @@ class RankClient(Client):
 def main() -> int:
     """Entry point of a rank process."""
     parser = argparse.ArgumentParser(prog="xdit-sidecar-rank")
-    parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world-size", type=int, required=True)
-    parser.add_argument("--device", required=True)
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--backend", choices=["gloo", "nccl"], required=True)
     parser.add_argument("--meeting-file", type=Path, required=True)
     parser.add_argument("--deadline", type=float, required=True)
-    parser.add_argument("--reserve", type=int, required=True)
-    parser.add_argument("--neighbours", type=int, required=True)
     parser.add_argument("--runtime-dir", required=True)
+    parser.add_argument("--channel", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
@@ -84,37 +77,41 @@ def main() -> int:
     # Each taking all cores, ranks would wait for each other's threads most of the time.
     cores = len(os.sched_getaffinity(0)) // arguments.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+    # torch takes up to 32 processes, which would be in the way of all else.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(8, max(1, cores))))
     # torch's own choice lies in /tmp under a name that anybody can take before.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache_directory() / "torchinductor"))
-    # After the environment, and before the hello, which tells the daemon which torch this is.
-    from .worker import Worker
-
-    client = RankClient(arguments.runtime_dir, name=f"rank{arguments.rank}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(code_cache()))
+    channel = RankChannel(arguments.channel)
     try:
-        try:
-            worker = Worker.meet(
-                rank=arguments.rank,
-                world_size=arguments.world_size,
-                device=arguments.device,
-                backend=arguments.backend,
-                meeting_file=arguments.meeting_file,
-                deadline=arguments.deadline,
-                reserve=arguments.reserve,
-                neighbours=arguments.neighbours,
-            )
-        except Exception as error:
-            client.refuse(error)
-            raise
+        # After the environment, and before the hello, which tells the daemon which torch this is.
+        from .worker import Worker, load_engine
+
+        load_engine(gpu=arguments.gpu)
+        channel.tell_imported()
+        if (assignment := channel.wait_for_assignment()) is None:
+            return 0
+        worker = Worker.meet(
+            rank=assignment.rank,
+            world_size=arguments.world_size,
+            device=assignment.device,
+            backend=arguments.backend,
+            meeting_file=arguments.meeting_file,
+            deadline=arguments.deadline,
+            reserve=assignment.reserve,
+            neighbours=assignment.neighbours,
+            compiles=assignment.compiles,
+        )
+    except SidecarError as error:
+        channel.refuse(error)
+        print(f"xdit-sidecar-rank: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        channel.refuse(error)
+        raise
+    client = RankClient(arguments.runtime_dir, name=f"rank{assignment.rank}")
+    try:
         client.serve(worker)
     except SidecarError:
         return 1
     finally:
         client.close()
-
-
-def _cache_directory() -> Path:
-    """Where compiled code outlives the daemon: systemd's directory for it, or the account's."""
-    if given := os.environ.get("CACHE_DIRECTORY"):
-        return Path(given.partition(":")[0])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "xdit-sidecar"

@@ -20,6 +20,7 @@ from ...protocol.errors import (
 from ...protocol.regions.cuda_driver import CudaDriver, CudaError
 from ...protocol.tensors import pack_tensor, unpack_tensor
 from .autoencoder import Autoencoder
+from .code_cache import prepare_code_cache
 from .components import OpenComponents
 from .denoiser import Denoiser
 from .outputs import check_output
@@ -44,14 +45,20 @@ TakeDescriptor = Callable[[int], int]
 class Worker:
     """One rank of a group that has met."""
 
-    def __init__(self, group: RankGroup, reservation: Reservation) -> None:
+    def __init__(self, group: RankGroup, reservation: Reservation, *, compiles: bool) -> None:
         self._group = group
         self._components = OpenComponents(group.device)
         self._reservation = reservation
         self._engines = Engines(
             group,
             self._components,
-            Denoiser(group, self._components, self._reservation),
+            Denoiser(
+                group,
+                self._components,
+                self._reservation,
+                compiles=compiles,
+                refusal=prepare_code_cache() if compiles else None,
+            ),
             Autoencoder(group, self._components, self._reservation),
             TextEncoding(self._components),
         )
@@ -70,13 +77,14 @@ class Worker:
         deadline: float,
         reserve: int,
         neighbours: int,
+        compiles: m.Compile,
     ) -> Worker:
-        """Load the engine and meet the other ranks. ``device`` is "cpu" or a GPU's UUID.
+        """Meet the other ranks. ``device`` is "cpu" or a GPU's UUID; the engine must be loaded.
 
         ``reserve`` and ``neighbours``: see :class:`.reservation.Reservation`.
         """
         place = _torch_device(device)
-        load_xfuser(place)
+        load_xfuser(place)  # for another kind of device than it was loaded for: an error
         group = process_group.join(
             rank=rank,
             world_size=world_size,
@@ -86,7 +94,16 @@ class Worker:
             deadline=deadline,
             patience=_MEETING_SECONDS,
         )
-        return cls(group, Reservation(group, reserve=reserve, neighbours=neighbours))
+        return cls(
+            group,
+            Reservation(group, reserve=reserve, neighbours=neighbours),
+            compiles=compiles == "on" or (compiles == "auto" and place.type == "cuda"),
+        )
+
+    @property
+    def transformers(self) -> list[m.TransformerStatus]:
+        """What the broker is told of with each outcome."""
+        return self._engines.denoiser.transformers()
 
     def perform(self, task: m.Task, frames: Frames, take: TakeDescriptor) -> Performed:
         """Do a task; its outcome and the outcome's raw frames. Never raises.
@@ -124,6 +141,8 @@ class Worker:
                     self._runs.pop(job, None)
                 for session in sessions:
                     self._forget_session(session)
+            case m.CompileTask():
+                self._engines.denoiser.compile_piece()
             case m.TrimTask():
                 self._reservation.trim()
             case m.TurnTask():
@@ -164,7 +183,7 @@ class Worker:
         for part in parts:
             key = (session, part.digest or b"")
             if part.inline:
-                tensor = unpack_tensor(part, arriving).to(self._group.device)
+                tensor = unpack_tensor(part, arriving, copy=False).to(self._group.device)
                 if part.digest is not None:
                     self._kept[key] = tensor
             elif (kept := self._kept.get(key)) is not None:
@@ -193,6 +212,14 @@ class Worker:
             # The others may be waiting for this one in a collective.
             return RankFault(f"rank {self._group.rank} ran out of device memory: {text}")
         return OutOfMemory(f"the rank ran out of device memory: {text}")
+
+
+def load_engine(*, gpu: bool) -> None:
+    """Import what is imported late otherwise, for ranks on GPUs or on the CPU.
+
+    Makes no CUDA context: that takes memory of the device. Raises XfuserUnusable.
+    """
+    load_xfuser(torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"))
 
 
 def _probe(task: m.ProbeTask, take: TakeDescriptor) -> bytes:

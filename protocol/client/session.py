@@ -77,6 +77,7 @@ class ChannelPool:
             channel.linger = 0
             channel.maxmsgsize = self._limit
             channel.sndhwm = channel.rcvhwm = self._queue
+            channel.sndbuf = limits.SOCKET_BUFFER
             channel.connect(zmq_address(self._path))
         try:
             yield channel

@@ -40,6 +40,7 @@ from .envelopes import Request as Request
 from .envelopes import RequestBody as RequestBody
 from .envelopes import RequestId as RequestId
 from .fields import Bytes as Bytes
+from .fields import Compile as Compile
 from .fields import Count as Count
 from .fields import Device as Device
 from .fields import Fingerprint as Fingerprint
@@ -75,6 +76,7 @@ from .status import GroupStatus as GroupStatus
 from .status import RankStatus as RankStatus
 from .status import SessionStatus as SessionStatus
 from .status import Status as Status
+from .status import TransformerStatus as TransformerStatus
 from .stream import Descriptor as Descriptor
 from .stream import Hello as Hello
 from .stream import Refused as Refused
@@ -82,6 +84,7 @@ from .stream import RegionOrphaned as RegionOrphaned
 from .stream import StreamMessage as StreamMessage
 from .stream import Welcome as Welcome
 from .tasks import CloseTask as CloseTask
+from .tasks import CompileTask as CompileTask
 from .tasks import DropTask as DropTask
 from .tasks import NextTask as NextTask
 from .tasks import Opened as Opened

@@ -27,7 +27,16 @@ from .control import (
 from .fields import Count, Message, Token
 from .jobs import Decode, Encode, EncodeText, Forward, Generate, Need, Output, Step
 from .status import Status
-from .tasks import CloseTask, DropTask, NextTask, OpenTask, ProbeTask, TrimTask, TurnTask
+from .tasks import (
+    CloseTask,
+    CompileTask,
+    DropTask,
+    NextTask,
+    OpenTask,
+    ProbeTask,
+    TrimTask,
+    TurnTask,
+)
 
 
 class Echo(Message, frozen=True, tag="echo"):
@@ -65,6 +74,7 @@ AnswerBody = (
     | CloseTask
     | TurnTask
     | DropTask
+    | CompileTask
     | TrimTask
 )
 

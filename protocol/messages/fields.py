@@ -20,6 +20,7 @@ RegionId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 LeaseId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Token = Annotated[bytes, Meta(min_length=32, max_length=32)]
 RegionKind = Literal["memfd", "cuda_ipc"]
+Compile = Literal["auto", "on", "off"]
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="type"):

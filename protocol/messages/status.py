@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from .. import limits
 from .fields import Bytes, Count, Device, Fingerprint, Message, Name, RegionKind, Role, Text
+from .jobs import ComputeDtype
 from .stream import Hello
 
 
@@ -57,6 +58,15 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
     meaning: Annotated[list[Text], Meta(max_length=8)] = []
 
 
+class TransformerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How a rank runs the forwards of a transformer in one dtype."""
+
+    label: Name
+    compute: ComputeDtype
+    state: Literal["eager", "compiling", "compiled", "refused"]  # "compiling": or waits for it
+    reason: Name | None = None  # why it is refused
+
+
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One rank process."""
 
@@ -67,6 +77,10 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
     error: Text | None = None
     starts: Count = 0
     copied: Bytes = 0  # on its device, of components that lie in host memory
+    # Those that it may compile; others run eagerly.
+    transformers: Annotated[list[TransformerStatus], Meta(max_length=limits.TRANSFORMERS)] = (
+        msgspec.field(default_factory=list)
+    )
 
 
 class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +93,7 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     jobs: Count  # waiting or running
     kept_tensors: Count  # named by digest
     kept_bytes: Bytes  # of them, on each rank
+    spares: Count = 0  # processes that wait to take a rank's place
 
 
 class Status(Message, frozen=True, tag="status-report", kw_only=True):

@@ -16,6 +16,7 @@ from .components import Component, RegionGrant
 from .control import Done, Failed, Probed
 from .fields import Bytes, Count, Fingerprint, Message, Name, RegionId
 from .jobs import Digest, Job, Output, Step
+from .status import TransformerStatus
 
 _Regions = Annotated[list[RegionId], Meta(max_length=limits.COMPONENTS)]
 
@@ -34,6 +35,9 @@ class NextTask(Message, frozen=True, tag="next-task", kw_only=True):
 
     task: Count = 0  # that the outcome belongs to; 0: none yet
     outcome: Outcome | None = None
+    transformers: Annotated[list[TransformerStatus], Meta(max_length=limits.TRANSFORMERS)] = (
+        msgspec.field(default_factory=list)
+    )
 
 
 class ProbeTask(Message, frozen=True, tag="probe-task", kw_only=True):
@@ -99,10 +103,16 @@ class DropTask(Message, frozen=True, tag="drop-task", kw_only=True):
     )
 
 
+class CompileTask(Message, frozen=True, tag="compile-task", kw_only=True):
+    """Compile one piece of a transformer that waits for it, each rank by itself."""
+
+    task: Count
+
+
 class TrimTask(Message, frozen=True, tag="trim-task", kw_only=True):
     """Return cached device memory to the system."""
 
     task: Count
 
 
-Task = ProbeTask | OpenTask | CloseTask | TurnTask | DropTask | TrimTask
+Task = ProbeTask | OpenTask | CloseTask | TurnTask | DropTask | CompileTask | TrimTask

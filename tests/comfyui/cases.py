@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from comfyui import tiny_checkpoints, workflows
 from comfyui.nodes_scene import QUICK, NodesScene
@@ -26,6 +27,7 @@ CASES: dict[str, tuple[Builder, Settings]] = {
     "mask": (workflows.masked, replace(QUICK, denoise=0.75)),
     "advanced": (workflows.advanced, QUICK),
     "custom": (workflows.custom, QUICK),
+    "CFGGuider": (partial(workflows.custom, guider="CFGGuider"), replace(QUICK, cfg=2.0)),
     "LoRA": (workflows.text_to_image, replace(QUICK, loras=[(tiny_checkpoints.LORA, 0.8)])),
     "LoRA stack": (
         workflows.text_to_image,

@@ -60,17 +60,20 @@ def running_nodes(
     *options: str,
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    others: Mapping[str, Path] | None = None,
 ) -> Iterator[NodesScene]:
     """A daemon whose ranks are ready, and a ComfyUI that knows it.
 
-    ``arguments`` and ``environment`` are ComfyUI's, ``options`` the daemon's.
+    ``arguments``, ``environment`` and ``others``, further packs, are ComfyUI's, ``options`` the
+    daemon's.
     """
     directory.mkdir(exist_ok=True)
     with (
         running_daemon(directory, "--ranks", str(ranks), *options) as daemon,
-        comfy_of(daemon, directory / "base", arguments, environment) as server,
+        comfy_of(daemon, directory / "base", arguments, environment, others) as server,
     ):
-        daemon.wait_for_status(lambda s: s.group.state == "ready", 90)
+        if ranks:
+            daemon.wait_for_status(lambda s: s.group.state == "ready", 90)
         yield NodesScene(daemon, server)
 
 
@@ -79,11 +82,12 @@ def comfy_of(
     base: Path,
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    others: Mapping[str, Path] | None = None,
 ) -> ComfyServer:
     """A ComfyUI with the pack that uses this daemon; start it."""
     return ComfyServer(
         base,
-        packs={"xdit_sidecar": packs.clone()},
+        packs={"xdit_sidecar": packs.clone(), **(others or {})},
         arguments=arguments,
         environment={"XDIT_SIDECAR_RUNTIME_DIR": str(daemon.runtime_dir), **(environment or {})},
     )

@@ -12,7 +12,7 @@ import page_cache
 import pytest
 import torch
 from comfyui import tiny_checkpoints, workflows
-from comfyui.nodes_scene import LOCAL, QUICK, REMOTE, SHARED, NodesScene, running_nodes
+from comfyui.nodes_scene import CODED, LOCAL, QUICK, REMOTE, SHARED, NodesScene, running_nodes
 from comfyui.server import WorkflowFailed
 from comfyui.workflows import STOCK, Settings
 
@@ -40,6 +40,23 @@ def begin_long_run(scene: NodesScene) -> str:
     return prompt
 
 
+def rank_dies_while_coding(scene: NodesScene) -> None:
+    """A picture that the ranks encode and decode comes out as without a death."""
+    scene.server.run(workflows.coding(STOCK, save="stock"))
+    expected = scene.server.tensors("stock-latent-image")["images"]
+    rank = scene.daemon.wait_for_status(lambda s: s.group.state == "ready", 90).ranks[1].pid
+    os.kill(rank, signal.SIGSTOP)  # so that it dies over the job, and not before or after
+    known = len(scene.server.log)
+    prompt = scene.server.queue(workflows.coding(CODED, save="ours"))
+    scene.daemon.wait_for_status(lambda s: s.group.jobs == 1)
+    time.sleep(0.5)  # it has its turn
+    os.kill(rank, signal.SIGKILL)
+    scene.server.wait(prompt, 120)
+    assert "trying once more" in scene.server.log[known:]
+    found = scene.server.tensors("ours-latent-image")["images"]
+    assert (found - expected).abs().max() < 1e-3
+
+
 def test_deaths(tmp_path: Path) -> None:
     with running_nodes(tmp_path / "scene", 2) as scene:
         compare(scene, replace(QUICK, seed=60))
@@ -49,6 +66,8 @@ def test_deaths(tmp_path: Path) -> None:
         pids = [rank.pid for rank in scene.daemon.wait_for_status(lambda s: True).ranks]
         os.kill(pids[1], signal.SIGKILL)
         compare(scene, replace(QUICK, seed=62))
+
+        rank_dies_while_coding(scene)
 
         # ComfyUI, in the middle of a run: everything is attached again, nothing is read.
         begin_long_run(scene)

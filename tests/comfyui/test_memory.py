@@ -13,31 +13,42 @@ from typing import Any
 import pytest
 import torch
 from comfyui import tiny_checkpoints, workflows
-from comfyui.nodes_scene import CHECKPOINT, QUICK, SHARED, NodesScene, running_nodes, text_lora
+from comfyui.nodes_scene import CHECKPOINT, QUICK, SHARED, NodesScene, comfy_of, text_lora
 from comfyui.server import ComfyServer
 from comfyui.workflows import STOCK, WHOLE_CHECKPOINT, Nodes, Settings, Workflow
+from daemon_process import DaemonProcess
+from ranks_scene import running_ranks
 
 pytestmark = pytest.mark.timeout(240)
 
 Tensors = dict[str, torch.Tensor]
-PROMPTS = 20
+PROMPTS = {"NORMAL_VRAM": 20, "LOW_VRAM": 4, "NO_VRAM": 4}
 # ComfyUI's own, of a few bytes, and what the tiny CLIP-L has none of: no file has them.
 OF_NO_FILE = ("logit_scale", "text_projection.weight")
 SHARED_AGAIN = "are shared again"
 
 
+@pytest.fixture(scope="module")
+def one_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """For all of these ComfyUIs, one after the other."""
+    with running_ranks(tmp_path_factory.mktemp("memory") / "daemon", 1) as running:
+        yield running.daemon
+
+
 @pytest.fixture(scope="module", params=["NORMAL_VRAM", "LOW_VRAM", "NO_VRAM"])
 def scene(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    one_daemon: DaemonProcess,
 ) -> Iterator[NodesScene]:
     """A ComfyUI that believes to be short of memory all the time."""
-    with running_nodes(
-        tmp_path_factory.mktemp("memory") / "scene",
-        1,
+    with comfy_of(
+        one_daemon,
+        tmp_path_factory.mktemp("memory") / "base",
         arguments=["--reserve-vram", "1000"],  # GB
         environment={"TEST_SHIM_VRAM": request.param},
-    ) as running:
-        yield running
+    ) as server:
+        yield NodesScene(one_daemon, server)
 
 
 def parameters(scene: NodesScene, workflow: Workflow) -> dict[str, dict[str, Any]]:
@@ -93,9 +104,9 @@ def test_here_stock_weights_move(scene: NodesScene) -> None:
     assert astray(scene, report_of(STOCK))
 
 
-def test_shared_weights_do_not(scene: NodesScene) -> None:
+def test_shared_weights_do_not(scene: NodesScene, request: pytest.FixtureRequest) -> None:
     known = len(scene.server.log)
-    for number in range(PROMPTS):
+    for number in range(PROMPTS[request.node.callspec.params["scene"]]):
         coded(scene, SHARED, replace(QUICK, prompt=f"prompt {number}"))
         assert not astray(scene, report_of(SHARED))
     first = parameters(scene, report_of(SHARED))

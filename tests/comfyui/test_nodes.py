@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
 from dataclasses import replace
 
 import psutil
@@ -18,20 +18,17 @@ from comfyui.nodes_scene import (
     REMOTE,
     SHARED,
     NodesScene,
-    running_nodes,
     sampling,
 )
 from comfyui.server import WorkflowFailed, WorkflowInterrupted
 from comfyui.workflows import STOCK, Nodes, Workflow
+from PIL import Image
 from xdit_sidecar.protocol import messages as m
 
 pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodesScene]:
-    with running_nodes(tmp_path_factory.mktemp("nodes") / "scene", 2) as running:
-        yield running
+RANKS = 2
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,6 +122,23 @@ def test_interrupt_and_what_comes_after(scene: NodesScene) -> None:
         with pytest.raises(WorkflowInterrupted):
             scene.server.wait(prompt)
     assert difference(scene, workflows.text_to_image, replace(QUICK, seed=32), REMOTE) < SAME
+
+
+def test_previews_and_progress_as_with_the_stock_sampler(scene: NodesScene) -> None:
+    seen = []
+    for nodes in (STOCK, REMOTE):
+        workflow = workflows.text_to_image(nodes, replace(QUICK, seed=33), picture=False)
+        with scene.server.listen() as listener:
+            scene.server.run(workflow, listener)
+            events = [e for e in listener.events if e.name in ("progress", "preview")]
+        ours = [e for e in events if "sampler" in (e.data.get("node"), e.data.get("node_id"))]
+        seen.append([(e.name, e.data.get("value"), picture_size(e.image)) for e in ours])
+    assert seen[0] == seen[1]
+    assert [name for name, _, _ in seen[0]].count("preview") == QUICK.steps
+
+
+def picture_size(image: bytes) -> tuple[int, int] | None:
+    return Image.open(io.BytesIO(image)).size if image else None
 
 
 def test_what_cannot_be_remote_is_told(scene: NodesScene) -> None:

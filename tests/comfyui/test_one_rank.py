@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from comfyui.cases import CASES, SAME, difference
-from comfyui.nodes_scene import REMOTE, NodesScene, running_nodes
+from comfyui.nodes_scene import REMOTE, NodesScene
 
 pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodesScene]:
-    with running_nodes(tmp_path_factory.mktemp("one-rank") / "scene", 1) as running:
-        yield running
+RANKS = 1
 
 
 @pytest.mark.parametrize("name", CASES)

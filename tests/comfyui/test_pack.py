@@ -280,6 +280,8 @@ def test_installed_package_goes_first_and_a_second_copy_last(tmp_path: Path) -> 
             "XDIT_SIDECAR_RUNTIME_DIR": str(tmp_path / "run"),
         },
     )
+    page = folder / "comfy_client_node" / "web" / "docs" / "XDiTStatus.md"
+    page.write_text("of 9.9.9")
     other = installed(server, "xdit-sidecar")
     copy = server.base / "custom_nodes" / PACK
     shutil.copytree(other, copy)
@@ -298,12 +300,13 @@ def test_installed_package_goes_first_and_a_second_copy_last(tmp_path: Path) -> 
         assert log.count("xDiT: no daemon in ") == 1
         modules = {server.object_info(name)["python_module"] for name in NODES}
         assert modules == {f"custom_nodes.{Path(first).name}"}
-        # Browsers get the scripts and the help once.
-        statuses = [
-            server.request("GET", f"/extensions/{Path(path).name}/docs/XDiTStatus.md")[0]
+        # Browsers get the scripts and the help once, from the package whose nodes are used.
+        answers = [
+            server.request("GET", f"/extensions/{Path(path).name}/docs/XDiTStatus.md")
             for path in (first, second)
         ]
-        assert statuses == [200, 404]
+        assert answers[0] == (200, b"of 9.9.9")
+        assert answers[1][0] == 404
         scripts = [path for path in server.get("/extensions") if "xdit" in path]
         assert not [path for path in scripts if f"/{Path(second).name}/" in path]
 
@@ -359,6 +362,7 @@ def test_other_versions_of_one_protocol(tmp_path: Path) -> None:
     assert "two versions of xdit-sidecar" in said
     assert "different protocols" not in said
     assert f"used: {newer}/__init__.py" in said
+    assert f"web: {newer}/comfy_client_node/web" in said
     said = find_installed(pack, same.parent)
     assert "two versions" not in said
     assert f"used: {same}/__init__.py" in said

@@ -39,7 +39,8 @@ GUARD = 10  # times what is promised: the machine may be busy
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodesScene]:
-    with running_nodes(tmp_path_factory.mktemp("refusals") / "scene", 1) as running:
+    others = {"extra_pack": Path(__file__).with_name("extra_pack")}
+    with running_nodes(tmp_path_factory.mktemp("refusals") / "scene", 1, others=others) as running:
         yield running
 
 
@@ -158,6 +159,37 @@ def test_sampled_locally(scene: NodesScene, name: str) -> None:
     # And the same model without that is remote again.
     plain = scene.latent(base(STOCK, seed=81), "refused")
     assert (scene.latent(base(LOCAL, seed=81), "refused") - plain).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_guider_without_a_negative_condition(scene: NodesScene, patched: bool) -> None:
+    """Remote, and sampled locally: what it has for the negative group is None."""
+
+    def guided(nodes: Nodes) -> Workflow:
+        workflow = workflows.custom(nodes, replace(QUICK, seed=85), save="refused", picture=False)
+        workflow["guider"]["class_type"] = "TestPositiveGuider"
+        if patched:
+            inputs = {"model": ["model", 0], "ratio": 0.3}
+            workflow["between"] = {"class_type": "TomePatchModel", "inputs": inputs}
+            workflow["guider"]["inputs"]["model"] = ["between", 0]
+        return workflow
+
+    expected = scene.latent(guided(STOCK), "refused")
+    assert (scene.latent(guided(LOCAL), "refused") - expected).abs().max() < 1e-4
+
+
+def test_wrappers_are_called(scene: NodesScene) -> None:
+    """Not a refusal: what goes around the diffusion model works with one that is elsewhere."""
+    latents = [
+        scene.latent(build, "refused")
+        for build in (
+            base(STOCK),
+            on_model(STOCK, "TestWrapDiffusionModel"),
+            on_model(REMOTE, "TestWrapDiffusionModel"),
+        )
+    ]
+    assert (latents[0] - latents[1]).abs().max() > 0.01
+    assert (latents[1] - latents[2]).abs().max() < 1e-4
 
 
 def readers() -> dict[str, dict[str, object]]:

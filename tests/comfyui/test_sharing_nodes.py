@@ -25,7 +25,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodesScene]:
     # Offloading moves weights here: see shim/memory.py.
     environment = {"TEST_SHIM_VRAM": "NORMAL_VRAM"}
     directory = tmp_path_factory.mktemp("share") / "scene"
-    with running_nodes(directory, 1, environment=environment) as running:
+    with running_nodes(directory, 0, environment=environment) as running:
         yield running
 
 
@@ -153,7 +153,7 @@ def test_dynamic_objects_are_refused_with_the_flag(scene: NodesScene, kind: str)
 
 
 def test_another_daemon(tmp_path: Path) -> None:
-    with running_nodes(tmp_path / "scene", 1) as scene:
+    with running_nodes(tmp_path / "scene", 0) as scene:
         settings = replace(QUICK, prompt="another daemon")
         workflow = behind_share(coding(STOCK, settings))
         expected = coded(scene, workflow)

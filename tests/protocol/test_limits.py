@@ -116,7 +116,16 @@ def test_the_largest_status_fits() -> None:
         ],
         ranks=[
             m.RankStatus(
-                rank=NUMBER, device=GPU, pid=NUMBER, state="starting", error=text, starts=NUMBER
+                rank=NUMBER,
+                device=GPU,
+                pid=NUMBER,
+                state="starting",
+                error=text,
+                starts=NUMBER,
+                transformers=[
+                    m.TransformerStatus(label=name, compute="BF16", state="refused", reason=name)
+                ]
+                * limits.TRANSFORMERS,
             )
         ]
         * 64,

@@ -77,6 +77,29 @@ def test_what_is_unpacked_is_its_own() -> None:
     back.zero_()
 
 
+def test_what_is_unpacked_without_a_copy_shows_its_frame() -> None:
+    part, (data,) = pack_tensor("x", some(4, 3))
+    frame = bytearray(data)
+    shown = unpack_tensor(part, iter([memoryview(frame)]), copy=False)
+    assert torch.equal(shown, some(4, 3))
+    frame[:] = bytes(len(frame))
+    assert not shown.any()
+
+
+@pytest.mark.parametrize(
+    "as_frame",
+    [
+        bytes,  # not to be written to
+        lambda data: memoryview(bytearray(b"x" + data))[1:],  # not aligned
+    ],
+)
+def test_what_cannot_be_shown_is_copied(as_frame) -> None:
+    part, (data,) = pack_tensor("x", some(4, 3))
+    back = unpack_tensor(part, iter([as_frame(bytes(data))]), copy=False)
+    assert torch.equal(back, some(4, 3))
+    assert back.data_ptr() % back.dtype.itemsize == 0
+
+
 @pytest.mark.parametrize("change", [-1, 1, -16])
 def test_too_few_or_many_bytes(change: int) -> None:
     part, (data,) = pack_tensor("x", some(4))

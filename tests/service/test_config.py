@@ -23,6 +23,8 @@ from xdit_sidecar.protocol import limits
 VALUES = {
     "device": (('"cpu"', "cuda", "auto"), ("cpu", "cuda", "auto")),
     "ranks": (("1", "2", "3"), (1, 2, 3)),
+    "spare-ranks": (("false", "true", "false"), (False, True, False)),
+    "compile": (('"on"', "off", "auto"), ("on", "off", "auto")),
     "deadline": (("30", "31.5", "32"), (30.0, 31.5, 32.0)),
     "budget": (('"1GiB"', "2g", "3000000000"), (1 << 30, 2 << 30, 3_000_000_000)),
     "reserve": (("1000", "2M", "0"), (1000, 2 << 20, 0)),
@@ -68,6 +70,7 @@ def test_the_later_source_is_the_stronger(key: str, tmp_path: Path) -> None:
         ("ranks = 65", ["ranks in ", "<= 64"]),
         ("ranks = true", ["ranks in ", "int"]),
         ('ranks = "2"', ["ranks in ", "int"]),
+        ("spare-ranks = 1", ["spare-ranks in ", "bool"]),
         ("deadline = 0.5", ["deadline in ", ">= 1"]),
         ("deadline = nan", ["deadline in ", ">= 1"]),
         ('budget = "1K"', ["budget in ", str(limits.REGION_GRANULE)]),

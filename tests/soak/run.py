@@ -7,6 +7,7 @@ written to ``benchmarks/results/soak.json``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "examples", "benchmarks")]
 
 import project  # noqa: E402
 from machine import describe_run  # noqa: E402
@@ -24,7 +25,7 @@ from soak.stages import STAGES  # noqa: E402
 
 CACHE = ROOT / ".cache/soak"
 RESULT = ROOT / "benchmarks/results/soak.json"
-_CODE = ("protocol", "daemon", "tests")
+_CODE = ("protocol", "daemon", "comfy_client_node", "examples", "tests")
 
 
 def git(*arguments: str) -> str:
@@ -82,7 +83,9 @@ def main() -> int:
     parser.add_argument("--output", metavar="FILE", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
     if arguments.inside:
-        print(json.dumps(STAGES[arguments.inside]()))
+        with contextlib.redirect_stdout(sys.stderr):
+            figures = STAGES[arguments.inside]()
+        print(json.dumps(figures))
         return 0
     tested = commit()
     chosen = [name for name in STAGES if not arguments.only or arguments.only in name]

@@ -13,7 +13,7 @@ from hostile import siege
 from hostile.attack import Attack
 from hostile.catalogue import ATTACKS
 
-from soak import rank_stages
+from soak import meaning_stages, rank_stages, stock_files, training
 from soak.cycles import BUDGET, run_cycles
 
 CYCLES = 10_000
@@ -51,4 +51,7 @@ STAGES: dict[str, Stage] = {
     **{f"cycles-{name}": (lambda name=name: cycles(name)) for name in platforms.PLATFORMS},  # type: ignore[misc]
     **{f"hostile-{a.name}": (lambda a=a: attack(a)) for a in ATTACKS.values()},  # type: ignore[misc]
     **rank_stages.STAGES,
+    **meaning_stages.STAGES,
+    **stock_files.STAGES,
+    **training.STAGES,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,30 +23,42 @@ class Exchange(Protocol):
         ...
 
 
-def attend_locally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention within this rank; all (batch, heads, tokens, head size), any dtype.
+Kernel = Callable[..., tuple[Tensor, ...]]
 
-    By the kernel that xfuser would take without sequence parallelism. Queries may be fewer than
-    keys.
-    """
+
+def local_kernel(dtype: torch.dtype, device: torch.device, head_size: int) -> Kernel:
+    """The kernel that xfuser would take without sequence parallelism."""
     from xfuser.core.distributed.attention_backend import (
         ATTENTION_FUNCTION_REGISTRY,
         AttentionBackendType,
     )
 
-    name = choose_backend(query.dtype, query.device, 1, query.shape[-1])
-    kernel = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[name]]
-    output: Tensor = kernel(query, key, value, 0.0, False)[0]
-    return output
+    name = choose_backend(dtype, device, 1, head_size)
+    kernel: Kernel = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[name]]
+    return kernel
 
 
+def attend_locally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention within this rank; all (batch, heads, tokens, head size), any dtype.
+
+    By :func:`local_kernel`. Queries may be fewer than keys.
+    """
+    kernel = local_kernel(query.dtype, query.device, query.shape[-1])
+    return kernel(query, key, value, 0.0, False)[0]
+
+
+@dataclass(frozen=True)
 class LocalExchange:
-    """No exchange: the rank has all tokens."""
+    """No exchange: the rank has all tokens. Without a ``kernel`` one is chosen at each call."""
+
+    kernel: Kernel | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `Exchange.attend`."""
-        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return attend_locally(*heads_first).transpose(1, 2)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        if self.kernel is None:
+            return attend_locally(query, key, value).transpose(1, 2)
+        return self.kernel(query, key, value, 0.0, False)[0].transpose(1, 2)
 
 
 @dataclass(frozen=True)

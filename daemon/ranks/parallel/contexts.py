@@ -117,6 +117,6 @@ class ParallelContext:
         return self._globals["_PP"]
 
 
-def count_process_groups() -> int:
-    """Process groups alive in this process, to see that switching makes none."""
-    return len(dist.distributed_c10d._world.pg_map)
+def process_groups() -> list[list[int]]:
+    """The ranks of each process group alive in this process: switching makes none."""
+    return [sorted(ranks) for ranks in dist.distributed_c10d._world.pg_group_ranks.values()]

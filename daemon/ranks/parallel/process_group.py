@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,8 @@ from torch.distributed import distributed_c10d as c10d
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 # Names of the globals of xfuser's parallel_state that hold the groups of one config.
 CONTEXT_GROUPS = ("_TP", "_SP", "_PP", "_CFG", "_DP", "_FS", "_DIT", "_VAE", "_MODEL_REPLICA")
+# The groups of one rank alone, by rank and backend.
+_alone: dict[tuple[int, str | None], Any] = {}
 
 
 class RendezvousError(RuntimeError):
@@ -97,6 +98,7 @@ def leave() -> None:
     groups = sequence_groups()
     groups.ULYSSES_PG = groups.RING_PG = None
     runtime_state._RUNTIME = None
+    _alone.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -119,10 +121,24 @@ def groups_within(deadline: float) -> Iterator[None]:
 
     xfuser and yunchang give none to theirs, which means 30 minutes, for making them as well.
     Afterwards ``set_deadline`` alone would leave a rank that dies while groups are made unseen.
+
+    They make dozens over a rank alone, in which nothing travels: that is one group here, because
+    under gloo each has a thread that wakes up again and again.
     """
     original: Any = dist.new_group
     limit = timedelta(seconds=deadline)
-    dist.new_group = functools.partial(original, timeout=limit)
+
+    def new_group(ranks: Sequence[int] | None = None, *, backend: str | None = None) -> Any:
+        if ranks is None or len(ranks) != 1:
+            return original(ranks, limit, backend)
+        # Every rank takes part in making a group, also of others: all remember it alike.
+        key = (ranks[0], backend)
+        if key not in _alone:
+            _alone[key] = original(ranks, limit, backend)
+        return _alone[key]
+
+    replacement: Any = new_group
+    dist.new_group = replacement
     try:
         yield
     finally:

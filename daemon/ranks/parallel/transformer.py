@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import FluxExchangeProcessor, SequenceExchange
+from .attention import FluxExchangeProcessor, LocalExchange, SequenceExchange, local_kernel
 from .config import ConfigError
 from .contexts import ParallelContext
 from .splits import BatchSplit, TokenSplit
@@ -88,14 +89,14 @@ class ParallelFlux:
         self,
         context: ParallelContext,
         inputs: FluxInputs,
-        attention_options: dict[str, Any] | None = None,
+        compute: Callable[[FluxInputs], Tensor] | None = None,
     ) -> Tensor:
         """The model's prediction, (B, L, output channels), the same on every rank.
 
-        All ranks of the context call it with equal inputs. ``attention_options`` are further
-        ``joint_attention_kwargs``. Exact for every length, batch and degree: it differs from the
-        single process by rounding alone. Raises ConfigError if the model cannot be split that
-        way, RuntimeError if a rank stays away past the group's deadline.
+        All ranks of the context call it with equal inputs. Exact for every length, batch and
+        degree: it differs from the single process by rounding alone. ``compute`` does what
+        :meth:`compute` does, where a rank has all tokens of its rows. Raises ConfigError if the
+        model cannot be split that way, RuntimeError if a rank stays away past the group's deadline.
         """
         config = context.config
         config.check_model(self.heads, self.blocks)
@@ -104,6 +105,8 @@ class ParallelFlux:
         context.activate()
         batch = BatchSplit(inputs.hidden_states.shape[0], config.cfg)
         rows = inputs.take_rows(batch, context.cfg_rank)
+        if config.sequence == 1:
+            return join_rows(context, batch, (compute or self.compute)(rows))
         image = TokenSplit(rows.hidden_states.shape[1], config.sequence, context.sequence_rank)
         text = TokenSplit(rows.encoder_hidden_states.shape[1], config.sequence, image.rank)
         exchange = SequenceExchange(text, image, config.ring)
@@ -115,10 +118,23 @@ class ParallelFlux:
             img_ids=image.take(rows.img_ids, 0),
             txt_ids=text.take(rows.txt_ids, 0),
             guidance=rows.guidance,
-            joint_attention_kwargs={**(attention_options or {}), "exchange": exchange},
+            joint_attention_kwargs={"exchange": exchange},
             return_dict=False,
         )[0]
         return join_rows(context, batch, _join_tokens(context, image, own))
+
+    @torch.no_grad()
+    def compute(self, rows: FluxInputs) -> Tensor:
+        """The model's prediction of these rows, by this rank alone."""
+        tokens = rows.hidden_states
+        # Chosen out here: a compiler cannot follow how.
+        kernel = local_kernel(tokens.dtype, tokens.device, self.model.config.attention_head_dim)
+        output: Tensor = self.model(
+            **vars(rows),
+            joint_attention_kwargs={"exchange": LocalExchange(kernel)},
+            return_dict=False,
+        )[0]
+        return output
 
 
 def _join_tokens(context: ParallelContext, image: TokenSplit, own: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def measure_errors(
 ) -> dict[str, Any]:
     """RMS errors against fp64, of the ranks and of one process, per case; digests of outputs."""
     if not exchange:
-        attention.SequenceExchange.attend = attention.LocalExchange.attend
+        local = attention.LocalExchange()
+        attention.SequenceExchange.attend = lambda self, *tensors: local.attend(*tensors)
     group = place.join()
     reference = make_reference()
     plain = {name: make_model(dtype) for name, dtype in DTYPES.items()}
@@ -119,7 +120,7 @@ def switch_contexts(place: Place, *, configs: list[dict[str, int]]) -> dict[str,
     flux = ParallelFlux(model)
     inputs = FluxInputs(**make_inputs(5, 63, 13, 2, torch.float32))
     kept = [ParallelContext.build(ParallelConfig(**degrees), group) for degrees in configs]
-    groups = contexts.count_process_groups()
+    groups = contexts.process_groups()
     first = [digest(flux.forward(context, inputs)) for context in kept]
     times, later = [], []
     for _ in range(3):
@@ -132,7 +133,8 @@ def switch_contexts(place: Place, *, configs: list[dict[str, int]]) -> dict[str,
         "median_switch": statistics.median(times),
         "first": first,
         "later": later,
-        "more_groups": contexts.count_process_groups() - groups,
+        "more_groups": len(contexts.process_groups()) - len(groups),
+        "groups_alone": groups.count([group.rank]),
         "weights_unchanged": digest(*model.parameters()) == before,
         "weights_in_place": [w.data_ptr() for w in model.parameters()] == pointers,
     }

@@ -19,7 +19,7 @@ from typing import Literal
 
 import msgspec
 
-from ..protocol.errors import SidecarError
+from ...protocol.errors import SidecarError
 
 NAME = "xdit_sidecar"
 REQUIREMENTS = "requirements.txt"
@@ -74,7 +74,7 @@ class Change(msgspec.Struct):
 
 def source() -> Path:
     """This package's own folder: a clone's root, or where pip put it."""
-    return Path(__file__).resolve().parent.parent
+    return Path(__file__).resolve().parents[2]
 
 
 def is_clone(root: Path) -> bool:

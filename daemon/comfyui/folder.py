@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..protocol.errors import SidecarError
+from ...protocol.errors import SidecarError
 
 CUSTOM_NODES = "custom_nodes"
 

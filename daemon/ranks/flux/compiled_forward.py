@@ -1,0 +1,106 @@
+"""Forwards of a resident transformer by compiled blocks, as soon as that is proven to be the same.
+
+Everything here is one rank's own affair: nothing is exchanged while a piece is compiled, and what
+ranks compute together they gather afterwards. Only forwards without sequence parallelism and
+without LoRA branches come here; all others run eagerly.
+"""
+
+from __future__ import annotations
+
+from torch import OutOfMemoryError, Tensor
+
+from ..parallel.contexts import ParallelContext
+from ..parallel.transformer import FluxInputs, ParallelFlux
+from .compilation import Compilation, Sizes
+from .compiled_blocks import Call, CannotJudge, CompiledBlocks, Disagreement, NeedsCode
+
+_LONGEST_REASON = 200
+
+
+class CompiledForward:
+    """Around one transformer in one dtype. ``refusal`` says why it must not be compiled."""
+
+    def __init__(
+        self, flux: ParallelFlux, *, refusal: str | None = None, backend: str | Call = "inductor"
+    ) -> None:
+        self.compilation = Compilation()
+        if refusal is not None:
+            self.compilation.refuse(refusal)
+        self._flux = flux
+        self._blocks = CompiledBlocks(flux.model, backend)
+        self._inputs: FluxInputs | None = None  # of a real forward, to compile with
+
+    def forward(self, context: ParallelContext, inputs: FluxInputs) -> Tensor:
+        """As :meth:`ParallelFlux.forward`, for contexts without sequence parallelism."""
+        return self._flux.forward(context, inputs, self._compute)
+
+    def compile_piece(self) -> None:
+        """Compile one kind of block with the inputs of a forward that was, if that is wanted.
+
+        Takes seconds to a minute. Whatever goes wrong, forwards stay as they were.
+        """
+        kind, inputs = self.compilation.next_piece, self._inputs
+        if kind is None or inputs is None:
+            return
+        try:
+            with self._blocks.compared(compiling=kind):
+                self._flux.compute(inputs)
+        except (CannotJudge, OutOfMemoryError):
+            self.compilation.put_off()
+        except Exception as error:  # noqa: BLE001  of the compiler, or Disagreement
+            self.compilation.refuse(_explain(error))
+        else:
+            self.compilation.piece_agreed()
+        if self.compilation.next_piece is None:
+            self._inputs = None
+
+    def _compute(self, rows: FluxInputs) -> Tensor:
+        count, image, _ = rows.hidden_states.shape
+        sizes = Sizes(count, image, rows.encoder_hidden_states.shape[1])
+        match self.compilation.choose(sizes):
+            case "compiled":
+                output = self._try_compiled(sizes, rows)
+            case "compared":
+                output = self._try_compared(sizes, rows)
+            case _:
+                output = None
+        if output is None:
+            output = self._flux.compute(rows)
+            if self.compilation.want(sizes):
+                self._inputs = rows
+        return output
+
+    def _try_compiled(self, sizes: Sizes, rows: FluxInputs) -> Tensor | None:
+        try:
+            with self._blocks.compiled():
+                return self._flux.compute(rows)
+        except OutOfMemoryError:
+            raise
+        except NeedsCode:
+            self.compilation.leave_uncovered(sizes)
+        except Exception as error:  # noqa: BLE001  what eager forwards raise, they raise again
+            self.compilation.refuse(_explain(error))
+        return None
+
+    def _try_compared(self, sizes: Sizes, rows: FluxInputs) -> Tensor | None:
+        try:
+            with self._blocks.compared():
+                output = self._flux.compute(rows)
+        except NeedsCode:
+            self.compilation.leave_uncovered(sizes)
+        except (CannotJudge, OutOfMemoryError):
+            pass  # both ways take a little more room than one
+        except Exception as error:  # noqa: BLE001  as above
+            self.compilation.refuse(_explain(error))
+        else:
+            self.compilation.agree(sizes)
+            return output
+        return None
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, Disagreement):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # torch says in the first line which part failed, and in the second why.
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:_LONGEST_REASON]

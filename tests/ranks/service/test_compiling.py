@@ -1,0 +1,106 @@
+"""A daemon whose ranks compile: what clients and the status see of it. One real compilation."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from flux_inputs import comfy_inputs
+from ranks_scene import EXACT, SMALL, RanksScene, maps, running_ranks
+from xdit_sidecar.protocol import messages as m
+
+COMPILE_SECONDS = 400.0  # of a machine with two cores and much else to do
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the daemon keeps compiled code."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch may have set it here
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "xdit-sidecar" / "torchinductor"
+
+
+def told(status: m.Status) -> list[m.TransformerStatus]:
+    return [transformer for rank in status.ranks for transformer in rank.transformers]
+
+
+def wait_for_state(scene: RanksScene, state: str, seconds: float = COMPILE_SECONDS) -> m.Status:
+    return scene.daemon.wait_for_status(
+        lambda status: [transformer.state for transformer in told(status)] == [state], seconds
+    )
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).abs().max())
+
+
+@pytest.mark.timeout(600)
+def test_ranks_compile_while_they_are_idle(tmp_path: Path, cache: Path) -> None:
+    sizes = [{"height": 12, "width": 10}, {"height": 16, "width": 20, "text": 31}]
+    with running_ranks(tmp_path, 1, "--compile", "on", "--deadline", "30") as scene:
+        file = scene.file("small")
+        with scene.user() as user:
+            (pid,) = scene.rank_pids
+            calls = [comfy_inputs(SMALL, batch=1, **size) for size in sizes]  # type: ignore[arg-type]
+            expected = [file.alone(call) for call in calls]
+            assert difference(user.forward(calls[0]), expected[0]) <= EXACT
+            wait_for_state(scene, "compiling", 5)
+            # A job that comes meanwhile is served, after a piece at the latest; the rest goes on.
+            time.sleep(1.0)
+            assert difference(user.forward(calls[0]), expected[0]) <= EXACT
+            wait_for_state(scene, "compiling", 0.1)
+            wait_for_state(scene, "compiled")
+            for call, alone in zip(calls * 2, expected * 2, strict=True):
+                assert difference(user.forward(call), alone) <= EXACT
+            assert [transformer.state for transformer in told(scene.status)] == ["compiled"]
+            assert scene.rank_pids == [pid]  # a piece may take longer than a turn
+            assert "not-compiled" not in scene.daemon.log
+        with scene.daemon.client("evictor") as client:
+            client.evict(user.fingerprint, "cpu")
+        scene.daemon.wait_for_status(lambda status: not status.components)
+        assert maps(pid) == 0  # compiled code holds nothing of the weights
+        assert told(scene.status) == []
+        # The same file again: its code is there, so that it is only compared.
+        with scene.user() as user:
+            user.forward(calls[0])
+            wait_for_state(scene, "compiled", 60)
+            assert difference(user.forward(calls[0]), expected[0]) <= EXACT
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert any(cache.iterdir())
+
+
+@pytest.mark.usefixtures("cache")
+def test_ranks_that_die_compiling_are_started_without(tmp_path: Path) -> None:
+    call = comfy_inputs(SMALL)
+    with running_ranks(tmp_path, 1, "--compile", "on") as scene, scene.user() as user:
+        expected = scene.file("small").alone(call)
+        for starts in (2, 3):
+            assert difference(user.forward(call), expected) <= EXACT
+            wait_for_state(scene, "compiling", 10)
+            time.sleep(1.0)  # now it compiles
+            os.kill(scene.rank_pids[0], signal.SIGKILL)
+            scene.wait_until_ready(starts)
+        scene.daemon.wait_for_log("compile-given-up")
+        assert difference(user.forward(call), expected) <= EXACT
+        assert told(scene.status) == []
+
+
+def test_code_is_not_kept_where_others_may_write(tmp_path: Path, cache: Path) -> None:
+    cache.parent.mkdir(parents=True)
+    os.chmod(cache.parent, 0o777)  # noqa: S103  that is the point
+    with running_ranks(tmp_path, 1, "--compile", "on") as scene, scene.user() as user:
+        call = comfy_inputs(SMALL)
+        assert difference(user.forward(call), scene.file("small").alone(call)) <= EXACT
+        status = wait_for_state(scene, "refused", 10)
+        assert "others may write to" in str(told(status)[0].reason)
+        assert "others may write to" in scene.daemon.wait_for_log("not-compiled")
+
+
+def test_on_the_cpu_nothing_is_compiled_unless_asked_for(lone_scene: RanksScene) -> None:
+    with lone_scene.user() as user:
+        user.forward(comfy_inputs(SMALL))
+        assert told(lone_scene.status) == []
