@@ -12,11 +12,11 @@ unexport PYTHONPATH
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv lint format types docs test soak bench demo clean
+.PHONY: help setup venv lint format types docs test soak bench bench-gpu demo clean
 
 help: ## list these targets
-	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):[^#]*## */\1|/' \
-		| while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## */\1|/' \
+		| while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
 
 setup: ## create or update .venv (CPU or CUDA build of torch, whichever fits this machine)
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install one, or name it with PYTHON=..." >&2; exit 1; }
@@ -51,6 +51,12 @@ soak: setup ## the full counts, resumable, written as JSON
 
 bench: setup ## times and memory against their thresholds
 	$(VENV) benchmarks/run.py
+
+# With XDIT_WHEELS, a directory of benchmarks/gpu/carry.py, nothing is set up: PYTHON has torch.
+bench-gpu: $(if $(XDIT_WHEELS),,setup) ## targets on a GPU, and their table and plot; STAGES="…" picks some
+	@status=0; \
+	$(if $(XDIT_WHEELS),$(PYTHON),$(VENV)) benchmarks/gpu/run.py benchmarks/results $(STAGES) || status=$$?; \
+	$(if $(XDIT_WHEELS),$(PYTHON),$(VENV)) benchmarks/report/run.py && exit $$status
 
 demo: setup ## the main job once, on the GPUs or else on the CPU
 	$(VENV) examples/demo.py

@@ -1,4 +1,4 @@
-"""A measured figure and the threshold that it must meet."""
+"""A measured figure and the limit that it must keep to."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Figure:
-    """``value`` in ``unit``; at most ``threshold``, or only reported when that is None."""
+    """``value`` in ``unit``; at most ``limit``, or ``at_least``; only reported where it is None."""
 
     name: str
     value: float
     unit: str
-    threshold: float | None = None
+    limit: float | None = None
+    at_least: bool = False
 
     @property
     def met(self) -> bool:
-        return self.threshold is None or self.value <= self.threshold
+        if self.limit is None:
+            return True
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -24,12 +27,14 @@ class Figure:
             "name": self.name,
             "value": round(self.value, 4),
             "unit": self.unit,
-            "threshold": self.threshold,
+            "limit": self.limit,
+            **({"at_least": True} if self.at_least else {}),
             "met": self.met,
         }
 
     def __str__(self) -> str:
-        bound = "" if self.threshold is None else f" (at most {self.threshold:g})"
+        words = "at least" if self.at_least else "at most"
+        bound = "" if self.limit is None else f" ({words} {self.limit:g})"
         return f"{self.name}: {self.value:.3f} {self.unit}{bound}"
 
 

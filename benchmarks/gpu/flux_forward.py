@@ -144,8 +144,8 @@ def measure(directory: Path) -> list[Figure]:
     """Everything, in one daemon's life."""
     figures: list[Figure] = []
 
-    def add(name: str, value: float, unit: str, threshold: float | None = None) -> None:
-        figures.append(Figure(name, value, unit, threshold))
+    def add(name: str, value: float, unit: str, limit: float | None = None) -> None:
+        figures.append(Figure(name, value, unit, limit))
         print(figures[-1], flush=True)
 
     uuid = CudaDriver.load().device_uuid(0)
@@ -189,11 +189,11 @@ def measure(directory: Path) -> list[Figure]:
 
 
 def main() -> int:
-    """Write ``flux-forward.json`` into the directory given."""
+    """Write ``gpu-flux-forward.json`` into the directory given."""
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         figures = measure(Path(directory))
     result = {**describe_run(), "figures": [figure.as_dict() for figure in figures]}
-    (Path(sys.argv[1]) / "flux-forward.json").write_text(json.dumps(result, indent=2) + "\n")
+    (Path(sys.argv[1]) / "gpu-flux-forward.json").write_text(json.dumps(result, indent=2) + "\n")
     return 0 if all(figure.met for figure in figures) else 1
 
 

@@ -13,11 +13,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "tests")]
 
 from daemon_process import running_daemon  # noqa: E402
+from figures import Figure  # noqa: E402
 from machine import describe_run  # noqa: E402
 
 
 def main() -> int:
-    """Write ``health.json`` into the directory given; the health-check's own exit status."""
+    """Write ``gpu-health.json`` into the directory given; the health-check's own exit status."""
     with (
         tempfile.TemporaryDirectory(dir="/tmp") as directory,
         running_daemon(Path(directory), "--ranks", "1", device="cuda") as daemon,
@@ -36,10 +37,12 @@ def main() -> int:
         runtime_dir = str(daemon.runtime_dir)
     print(answer.stdout, answer.stderr, flush=True)
     report = json.loads(answer.stdout.replace(runtime_dir, "RUNTIME_DIR"))
-    (Path(sys.argv[1]) / "health.json").write_text(
-        json.dumps({**describe_run(), "exit_status": answer.returncode, "report": report}, indent=2)
-        + "\n"
-    )
+    result = {
+        **describe_run(),
+        "figures": [Figure("exit status", answer.returncode, "", 0).as_dict()],
+        "report": report,
+    }
+    (Path(sys.argv[1]) / "gpu-health.json").write_text(json.dumps(result, indent=2) + "\n")
     return answer.returncode
 
 

@@ -6,6 +6,7 @@ machine and name it in ``XDIT_WHEELS`` for ``run.py``. Without a checkout, the o
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tarfile
@@ -42,6 +43,17 @@ def unpack(archive: Path, directory: Path) -> Path:
     with tarfile.open(archive) as packed:
         packed.extractall(target, filter="data")
     return target
+
+
+def find_checkouts(directory: Path) -> list[Path]:
+    """What was packed, unpacked in ``directory``, newest first; or else the one of the tests."""
+    if not (packed := os.environ.get("XDIT_WHEELS")):
+        return [_of_the_tests()]
+    archives = Path(packed).glob(f"{PREFIX}*{SUFFIX}")
+    found = [unpack(archive, directory) for archive in archives]
+    return sorted(
+        found, key=lambda each: [int(n) for n in read_version(each).split(".")], reverse=True
+    )
 
 
 def _choose(member: tarfile.TarInfo) -> tarfile.TarInfo | None:

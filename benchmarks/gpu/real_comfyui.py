@@ -1,9 +1,9 @@
 """A real ComfyUI end to end, with FLUX.1-dev's sizes: the stock workflow, our loaders in it.
 
-For each ComfyUI (``comfyui-VERSION.tar.xz`` in ``$XDIT_WHEELS``, see ``pack_comfyui.py``) and each
-way to start it a case of its own, with a daemon of its own: two prompts, ``/free``, SIGKILL and
-restart, the same picture by the stock loaders, XDiT Share, the daemon's death. Each case is written
-at once; one that fails does not keep the others from running.
+For each ComfyUI (``comfyui-VERSION.tar.xz`` in ``$XDIT_WHEELS``, see ``pack_comfyui.py``; without
+that the one of the tests) and each way to start it a case of its own, with a daemon of its own: two
+prompts, ``/free``, SIGKILL and restart, the same picture by the stock loaders, XDiT Share, the
+daemon's death. Each case is written at once; one that fails does not keep the others from running.
 
 Usage: ``python benchmarks/gpu/real_comfyui.py [--tiny] [--list] OUTPUT [CASE…]``. ``--tiny``: the
 tests' small files, on the CPU. CASE: part of a case's name.
@@ -37,11 +37,12 @@ import torch  # noqa: E402
 from comfyui import nodes_scene, packs, workflows  # noqa: E402
 from comfyui.server import ComfyServer, WorkflowFailed  # noqa: E402
 from comfyui.workflows import Nodes, Settings, Workflow  # noqa: E402
+from comfyui_figures import figures_of  # noqa: E402
 from comfyui_files import FILES, write_models  # noqa: E402
 from daemon_process import DaemonProcess, running_daemon  # noqa: E402
 from device_memory import read_memory  # noqa: E402
 from machine import describe_run  # noqa: E402
-from pack_comfyui import PREFIX, SUFFIX, read_version, unpack  # noqa: E402
+from pack_comfyui import find_checkouts, read_version  # noqa: E402
 
 STAGE_SECONDS = 520  # no case begins that could not end within them
 CASE_SECONDS = 75
@@ -318,30 +319,35 @@ def bytes_read(pid: int) -> int:
     return int(text.split("rchar:")[1].split()[0])
 
 
+def make_server(setup: Setup, case: Case, daemon: DaemonProcess, base: Path) -> ComfyServer:
+    """A ComfyUI of that daemon with our nodes and the full-size files, not yet started."""
+    os.environ[comfyui_checkout.OTHER] = str(case.checkout)
+    server = ComfyServer(
+        base,
+        packs={"xdit_sidecar": packs.clone(), "probe_pack": HERE / "probe_pack"},
+        # A CPU has no way to be short of VRAM.
+        arguments=[each for each in case.arguments if each != "--lowvram" or not setup.tiny],
+        environment={
+            "XDIT_SIDECAR_RUNTIME_DIR": str(daemon.runtime_dir),
+            "OMP_NUM_THREADS": "1" if setup.tiny else str(os.cpu_count()),
+        },
+        cpu=setup.tiny,
+    )
+    if not setup.tiny:
+        for name in FILES:
+            os.link(setup.models / name, base / "models" / name)
+    return server
+
+
 def run_case(setup: Setup, case: Case, directory: Path, record: Any) -> None:
     """Everything of one case; ``record`` is filled as it goes on."""
-    os.environ[comfyui_checkout.OTHER] = str(case.checkout)
     record["memory"]["before"] = read_memory({})
     directory.mkdir()
     with ExitStack() as stack:
         daemon = stack.enter_context(
             running_daemon(directory, "--ranks", "1", "--deadline", "120", device=setup.device)
         )
-        threads = "1" if setup.tiny else str(os.cpu_count())
-        server = ComfyServer(
-            directory / "base",
-            packs={"xdit_sidecar": packs.clone(), "probe_pack": HERE / "probe_pack"},
-            # A CPU has no way to be short of VRAM.
-            arguments=[each for each in case.arguments if each != "--lowvram" or not setup.tiny],
-            environment={
-                "XDIT_SIDECAR_RUNTIME_DIR": str(daemon.runtime_dir),
-                "OMP_NUM_THREADS": threads,
-            },
-            cpu=setup.tiny,
-        )
-        if not setup.tiny:
-            for name in FILES:
-                os.link(setup.models / name, directory / "base" / "models" / name)
+        server = make_server(setup, case, daemon, directory / "base")
         story = Story(setup, case, daemon, server, record)
         try:
             with story.timed("ComfyUI started"):
@@ -383,14 +389,13 @@ def main() -> int:
     flags = {"--tiny", "--list"} & set(sys.argv)
     output, *wanted = [argument for argument in sys.argv[1:] if argument not in flags]
     target = Path(output) / "gpu-comfyui.json"
-    result: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {"cases": {}}
+    result: dict[str, Any] = {"cases": {}, "figures": []}
+    if target.exists():
+        result |= json.loads(target.read_text())
     failed = []
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         directory = Path(name)
-        archives = sorted(Path(os.environ["XDIT_WHEELS"]).glob(f"{PREFIX}*{SUFFIX}"))
-        checkouts = [unpack(archive, directory) for archive in archives]
-        checkouts.sort(key=lambda c: [int(n) for n in read_version(c).split(".")], reverse=True)
-        cases = list_cases(checkouts)
+        cases = list_cases(find_checkouts(directory))
         if wanted:
             cases = [case for case in cases if any(part in case.name for part in wanted)]
         if "--list" in flags:
@@ -415,12 +420,13 @@ def main() -> int:
                 record["error"] = traceback.format_exc().splitlines()[-30:]
             record["seconds"]["the case"] = round(time.monotonic() - started, 1)
             result["cases"][case.name] = record
+            result["figures"] = [f.as_dict() for f in figures_of(result["cases"].values())]
             target.write_text(json.dumps(result, indent=1) + "\n")
             report(record)
             if not record["success"]:
                 failed.append(case.name)
     print(f"--- failed: {', '.join(failed) or 'none'}", flush=True)
-    return 1 if failed else 0
+    return 1 if failed or not all(figure["met"] for figure in result["figures"]) else 0
 
 
 def report(record: Any) -> None:

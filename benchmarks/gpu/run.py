@@ -1,7 +1,8 @@
 """Everything that must be seen on a real GPU, in stages that can be run again alone.
 
-Usage: ``python benchmarks/gpu/run.py OUTPUT [STAGE…]``. Needs no network: packages that the
-machine lacks are taken from the wheels in ``$XDIT_WHEELS``. Each stage writes its JSON at once.
+Usage: ``python benchmarks/gpu/run.py OUTPUT [STAGE…]``, with ``--list`` the stages. Needs no
+network: packages that the machine lacks are taken from the wheels in ``$XDIT_WHEELS``. Each stage
+writes its ``gpu-*.json`` at once and ends within nine minutes.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE.parent))
 
+from figures import Figure  # noqa: E402
 from machine import describe_run  # noqa: E402
 
 TESTS = ["tests/regions", "tests/sharing", "tests/health"]
-STAGE_SECONDS = 420
-COMFYUI_SECONDS = 560
+STAGE_SECONDS = 535
+Stage = Callable[[Path, dict[str, str]], int]
 
 
 def prepare() -> dict[str, str]:
@@ -49,11 +52,11 @@ def prepare() -> dict[str, str]:
     }
 
 
-def run(command: list[str], environment: dict[str, str], seconds: float = STAGE_SECONDS) -> int:
+def run(command: list[str], environment: dict[str, str]) -> int:
     """Exit status; 124 when the stage took too long."""
     try:
         return subprocess.run(
-            command, env=environment, cwd=ROOT, timeout=seconds, check=False
+            command, env=environment, cwd=ROOT, timeout=STAGE_SECONDS, check=False
         ).returncode
     except subprocess.TimeoutExpired:
         return 124
@@ -81,73 +84,79 @@ def test_stage(output: Path, environment: dict[str, str]) -> int:
         "allocator": environment["PYTORCH_CUDA_ALLOC_CONF"],
         "seconds": round(time.monotonic() - began, 1),
         "exit_status": status,
+        "figures": [
+            Figure("tests failed", len(results["failed"]), "", 0).as_dict(),
+            Figure("exit status", status, "", 0).as_dict(),
+        ],
         "counts": {kind: len(names) for kind, names in results.items()},
         "tests": {kind: sorted(names) for kind, names in results.items()},
     }
-    (output / "tests.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (output / "gpu-tests.json").write_text(json.dumps(summary, indent=2) + "\n")
     return status
-
-
-def sharing_stage(output: Path, environment: dict[str, str]) -> int:
-    """Times and memory of hand-over, attach and deaths."""
-    return run([sys.executable, str(HERE / "sharing.py"), str(output)], environment)
-
-
-def health_stage(output: Path, environment: dict[str, str]) -> int:
-    """The health-check with a rank."""
-    return run([sys.executable, str(HERE / "health.py"), str(output)], environment)
 
 
 def demo_stage(output: Path, environment: dict[str, str]) -> int:
     """What ``make demo`` runs, on the GPU."""
-    return run([sys.executable, str(ROOT / "examples" / "demo.py")], environment)
+    began = time.monotonic()
+    status = run([sys.executable, str(ROOT / "examples" / "demo.py")], environment)
+    figures = [
+        Figure("exit status", status, "", 0),
+        Figure("the demo", time.monotonic() - began, "s"),
+    ]
+    result = {**describe_run(), "figures": [figure.as_dict() for figure in figures]}
+    (output / "gpu-demo.json").write_text(json.dumps(result, indent=2) + "\n")
+    return status
 
 
 def soak_stage(output: Path, environment: dict[str, str]) -> int:
     """10,000 cycles by eight client processes that are killed and stopped meanwhile."""
     soak = [sys.executable, str(ROOT / "tests" / "soak" / "run.py"), "--fresh"]
-    result = output / "soak-cycles.json"
+    result = output / "gpu-soak-cycles.json"
     return run([*soak, "--only", "cycles-real-cuda", "--output", str(result)], environment)
 
 
-def flux_stage(output: Path, environment: dict[str, str]) -> int:
-    """FLUX.1-dev at full size from a shared region, by one process and by two ranks."""
-    return run([sys.executable, str(HERE / "flux_forward.py"), str(output)], environment)
-
-
-def serving_stage(output: Path, environment: dict[str, str]) -> int:
-    """The ranks at full size: forwards, a picture, a killed rank, a full card, two ranks."""
-    return run([sys.executable, str(HERE / "serving.py"), str(output)], environment)
-
-
-def load_stage(output: Path, environment: dict[str, str]) -> int:
-    """A file of FLUX.1-dev's size from the page cache into a region, and attached afterwards."""
-    return run([sys.executable, str(HERE / "load_file.py"), str(output)], environment)
-
-
 def comfyui_stage(output: Path, environment: dict[str, str]) -> int:
-    """A real ComfyUI, as `pack_comfyui.py` packed it, on the ranks' models at full size."""
+    """A real ComfyUI on the ranks' models at full size."""
     # The first part of the names of the cases that are wanted; all by default.
     cases = [case for case in os.environ.get("XDIT_COMFYUI_CASES", "").split(",") if case]
-    command = [sys.executable, str(HERE / "real_comfyui.py"), str(output), *cases]
-    return run(command, environment, COMFYUI_SECONDS)
+    return run([sys.executable, str(HERE / "real_comfyui.py"), str(output), *cases], environment)
 
 
-STAGES = {
+def program(name: str) -> Stage:
+    """The stage that is a program beside this one, which writes its own result."""
+
+    def stage(output: Path, environment: dict[str, str]) -> int:
+        return run([sys.executable, str(HERE / f"{name}.py"), str(output)], environment)
+
+    return stage
+
+
+# What each is, its module says.
+STAGES: dict[str, Stage] = {
     "tests": test_stage,
-    "sharing": sharing_stage,
-    "load": load_stage,
-    "health": health_stage,
+    "sharing": program("sharing"),
+    "load": program("load_file"),
+    "health": program("health"),
     "demo": demo_stage,
     "soak": soak_stage,
-    "flux": flux_stage,
-    "serving": serving_stage,
+    "flux": program("flux_forward"),
+    "serving": program("serving"),
+    "floor": program("floor"),
+    "sizes": program("sizes"),
+    "prompts": program("prompts"),
+    "steps": program("steps"),
     "comfyui": comfyui_stage,
 }
 
 
 def main() -> int:
     """Run the stages that are named, or all; 0 when all succeeded."""
+    if "--list" in sys.argv:
+        print(*STAGES, sep="\n")
+        return 0
+    if len(sys.argv) < 2 or (unknown := set(sys.argv[2:]) - set(STAGES)):
+        print(__doc__ if len(sys.argv) < 2 else f"no stage {', '.join(sorted(unknown))}")
+        return 2
     output, *names = sys.argv[1:]
     directory = Path(output).resolve()
     directory.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ FLUX's VAE, CLIP-L and T5-XXL; other processes attach. Prints a table, writes JS
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -21,8 +20,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "tests")]
 
 import torch  # noqa: E402
 from daemon_process import DaemonProcess, running_daemon  # noqa: E402
-from figures import Figure  # noqa: E402
-from machine import describe_run  # noqa: E402
+from figures_file import FiguresFile  # noqa: E402
+from targets import ATTACH, COPIES, HAND_OVER, HAND_OVER_FROM_HOST  # noqa: E402
 from xdit_sidecar.daemon.keeper.nvml import used_bytes  # noqa: E402
 from xdit_sidecar.protocol.client.attachment import Attachment  # noqa: E402
 from xdit_sidecar.protocol.client.client import Client  # noqa: E402
@@ -110,25 +109,20 @@ def release_memory() -> None:
     torch.cuda.empty_cache()
 
 
-class Measurement:
+class Measurement(FiguresFile):
     """The steps, in one daemon's life and on an otherwise idle GPU; each adds its figures."""
 
-    def __init__(self, daemon: DaemonProcess, client: Client, uuid: str) -> None:
+    def __init__(self, daemon: DaemonProcess, client: Client, uuid: str, path: Path) -> None:
+        super().__init__(path)
         self.daemon = daemon
         self.client = client
         self.uuid = uuid
-        self.figures: list[Figure] = []
         self.attachments: list[Attachment] = []
         self.fingerprints: list[str] = []
         self.checksum = 0.0
         self.nbytes = 0
         release_memory()
         self.before = self.used()
-
-    def add(self, name: str, value: float, unit: str, threshold: float | None = None) -> None:
-        """Record and print a figure."""
-        self.figures.append(Figure(name, value, unit, threshold))
-        print(self.figures[-1], flush=True)
 
     def used(self) -> int:
         """Bytes in use on the GPU, by anybody."""
@@ -157,11 +151,11 @@ class Measurement:
         self.fingerprints = [component.fingerprint for component, _ in parts]
         seconds, self.attachments = hand_over_all(self.client, self.uuid, parts)
         self.add("bytes handed over", self.nbytes / GIB, "GiB")
-        self.add("hand-over from the GPU", seconds * 1e3, "ms", 50.0)
+        self.meet(HAND_OVER, seconds * 1e3)
         tensors.clear()
         parts.clear()
         release_memory()
-        self.add("device memory / bytes", (self.used() - self.before) / self.nbytes, "x", 1.01)
+        self.meet(COPIES, (self.used() - self.before) / self.nbytes)
 
     def attach(self) -> None:
         """From other processes, before and after one of them is killed."""
@@ -171,13 +165,13 @@ class Measurement:
         )
         assert allocator == "cudaMallocAsync", allocator
         assert seen == self.checksum, (seen, self.checksum)
-        self.add("attach in another process", seconds * 1e3, "ms", 20.0)
+        self.meet(ATTACH, seconds * 1e3)
         self.add("device memory of that process", (self.used() - before) / 2**20, "MiB")
         other.kill()
         other.wait()
         seconds, seen, _, other = attach_elsewhere(self.daemon, self.uuid, self.fingerprints)
         assert seen == self.checksum
-        self.add("attach after that process was killed", seconds * 1e3, "ms", 20.0)
+        self.add("attach after that process was killed", seconds * 1e3, "ms", ATTACH.limit)
         other.communicate("\n")
 
     def lose_keeper(self) -> None:
@@ -202,23 +196,22 @@ class Measurement:
         seen = sum(float(t.sum(dtype=torch.float64)) for a in renewed for t in a.tensors().values())
         assert seen == self.checksum, (seen, self.checksum)
         release_memory()
-        self.add(
-            "device memory / bytes after it", (self.used() - self.before) / self.nbytes, "x", 1.01
-        )
+        copies = (self.used() - self.before) / self.nbytes
+        self.add("device memory / bytes after it", copies, "×", COPIES.limit)
 
     def hand_over_from_host(self) -> None:
         """From ordinary (pageable) host memory."""
         parts = make_components("cpu")
         seconds, self.attachments = hand_over_all(self.client, self.uuid, parts)
-        self.add("hand-over from pageable host memory", seconds, "s")
+        self.meet(HAND_OVER_FROM_HOST, seconds)
 
 
-def measure(directory: Path) -> list[Figure]:
-    """All steps."""
+def measure(directory: Path, path: Path) -> int:
+    """All steps; 0 when every limit was kept."""
     uuid = CudaDriver.load().device_uuid(0)
     torch.zeros(1, device="cuda")
     with running_daemon(directory, device="cuda") as daemon, daemon.client("owner") as client:
-        measurement = Measurement(daemon, client, uuid)
+        measurement = Measurement(daemon, client, uuid, path)
         measurement.add("keeper's CUDA context", measurement.keeper().context / 2**20, "MiB")
         measurement.hand_over()
         measurement.attach()
@@ -226,18 +219,15 @@ def measure(directory: Path) -> list[Figure]:
         measurement.release()
         measurement.hand_over_from_host()
         measurement.release()
-        return measurement.figures
+        return measurement.status
 
 
 def main() -> int:
-    """Write ``sharing.json`` into the directory given, or into benchmarks/results/gpu."""
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE.parent / "results" / "gpu"
-    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
-        figures = measure(Path(directory))
-    result = {**describe_run(), "figures": [figure.as_dict() for figure in figures]}
+    """Write ``gpu-sharing.json`` into the directory given, or into benchmarks/results."""
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE.parent / "results"
     target.mkdir(parents=True, exist_ok=True)
-    (target / "sharing.json").write_text(json.dumps(result, indent=2) + "\n")
-    return 0 if all(figure.met for figure in figures) else 1
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        return measure(Path(directory), target / "gpu-sharing.json")
 
 
 if __name__ == "__main__":
