@@ -12,8 +12,8 @@ import sys
 
 PACKAGES = [
     *("pyzmq", "msgspec", "pytest-randomly"),
-    *("diffusers==0.42.1", "xfuser==0.7.0", "yunchang", "distvae", "importlib-metadata"),
-    *("beautifulsoup4", "soupsieve"),
+    *("diffusers==0.42.1", "xfuser==0.7.0", "yunchang", "distvae"),
+    *("importlib-metadata", "lazy-importer", "beautifulsoup4", "soupsieve"),
 ]
 # What ComfyUI needs to start.
 COMFYUI = [

@@ -8,13 +8,18 @@ from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.client.client import Client
 
 
-def wait_until_compiled(client: Client, seconds: float = 240.0) -> list[m.TransformerStatus]:
-    """How the ranks' transformers run, once nothing waits to be compiled any more."""
+def wait_until_compiled(client: Client, seconds: float = 240.0) -> int:
+    """How many of the ranks' transformers are not compiled when nothing waits for it any more.
+
+    1 where the ranks tell of no transformer. Prints how each of them runs, and why.
+    """
     told: list[m.TransformerStatus] = []
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         told = [told for rank in client.status().ranks for told in rank.transformers]
-        if told and all(one.state in ("compiled", "refused") for one in told):
+        if told and all(one.state != "compiling" for one in told):
             break
         time.sleep(0.1)
-    return told
+    for one in told:
+        print(f"{one.label}, {one.compute}: {one.state} {one.reason or ''}", flush=True)
+    return sum(one.state != "compiled" for one in told) if told else 1

@@ -120,10 +120,10 @@ def read_once(path: Path, readers: int) -> float:
     share = -(-size // readers)
 
     def read(start: int) -> None:
-        buffer = bytearray(BLOCK_BYTES)
+        buffer, end = memoryview(bytearray(BLOCK_BYTES)), min(start + share, size)
         with path.open("rb", buffering=0) as file:
-            for at in range(start, min(start + share, size), BLOCK_BYTES):
-                os.preadv(file.fileno(), [buffer], at)
+            for at in range(start, end, BLOCK_BYTES):
+                os.preadv(file.fileno(), [buffer[: end - at]], at)
 
     began = time.perf_counter()
     with ThreadPoolExecutor(readers) as pool:
@@ -280,7 +280,8 @@ def main() -> int:
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE.parent / "results"
     share = float(sys.argv[2]) if len(sys.argv) > 2 else 1.0
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+    # $TMPDIR, because only what lies on a disk can be read from it.
+    with tempfile.TemporaryDirectory() as directory:
         return measure(Path(directory), target / "gpu-load-file.json", share)
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "backend:cudaMallocAsync"
@@ -45,7 +46,8 @@ SIZES = [(width, height) for width in SIDES for height in SIDES]
 CLIENTS = 2
 EACH = PROMPTS // ROUNDS // CLIENTS  # prompts of a client in a round
 IDLE_SECONDS = 4.0  # the ranks return cached memory after two
-LATEST_SECONDS = 420.0  # no round begins after so long
+COMPILE_SECONDS = 90.0
+LATEST_SECONDS = 340.0  # no round begins after so long
 MIB = 2**20
 
 
@@ -72,10 +74,16 @@ def read_memory(bench: Bench, daemon: DaemonProcess) -> tuple[int, int]:
     assert device is not None, "NVML is needed to count device memory"
     broker = psutil.Process(daemon.pid)
     family = [broker, *broker.children(recursive=True)]
-    return device, sum(process.memory_full_info().pss for process in family)
+    host = 0
+    for process in family:
+        with suppress(psutil.NoSuchProcess):  # the compiler's end by themselves
+            host += process.memory_full_info().pss
+    return device, host
 
 
-def measure(bench: Bench, daemon: DaemonProcess, remotes: list[RemoteRanks]) -> None:
+def measure(
+    bench: Bench, daemon: DaemonProcess, client: Client, remotes: list[RemoteRanks]
+) -> None:
     """All rounds."""
     began = time.monotonic()
     done = 0
@@ -86,10 +94,10 @@ def measure(bench: Bench, daemon: DaemonProcess, remotes: list[RemoteRanks]) -> 
                 print("no time is left for another round", flush=True)
                 break
             rounds = [
-                pool.submit(draw_all, remote, client, number)
-                for client, remote in enumerate(remotes)
+                pool.submit(draw_all, remote, which, number) for which, remote in enumerate(remotes)
             ]
             done += sum(each.result() for each in rounds)
+            wait_until_compiled(client, COMPILE_SECONDS)  # what a size of this round needed
             time.sleep(IDLE_SECONDS)
             readings.append(read_memory(bench, daemon))
             device, host = readings[-1]
@@ -112,10 +120,9 @@ def main() -> int:
         daemon: DaemonProcess, client: Client, remote: RemoteRanks, held: list[Attachment]
     ) -> None:
         remote.run(picture_job(steps=1), make_tokens())
-        told = wait_until_compiled(client, 90.0)
-        bench.add("transformers not compiled yet", sum(o.state != "compiled" for o in told), "")
+        bench.add("transformers not compiled yet", wait_until_compiled(client, COMPILE_SECONDS), "")
         with daemon.client("other") as other:
-            measure(bench, daemon, [remote, RemoteRanks(other)])
+            measure(bench, daemon, client, [remote, RemoteRanks(other)])
 
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         run_daemon(bench, Path(directory, "one"), 1, story, "--spare-ranks", compiles="auto")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,13 +54,16 @@ def prepare() -> dict[str, str]:
 
 
 def run(command: list[str], environment: dict[str, str]) -> int:
-    """Exit status; 124 when the stage took too long."""
+    """Exit status; 124 when the stage took too long and was ended with all that it had started."""
+    stage = subprocess.Popen(command, env=environment, cwd=ROOT, process_group=0)
     try:
-        return subprocess.run(
-            command, env=environment, cwd=ROOT, timeout=STAGE_SECONDS, check=False
-        ).returncode
+        return stage.wait(STAGE_SECONDS)
     except subprocess.TimeoutExpired:
         return 124
+    finally:
+        if stage.poll() is None:
+            os.killpg(stage.pid, signal.SIGKILL)
+            stage.wait()
 
 
 def test_stage(output: Path, environment: dict[str, str]) -> int:

@@ -101,11 +101,9 @@ def bench_compiled(
     calls = [make_call(*size) for size in SIZES]
     eager = milliseconds(lambda: remote.run(forward_job(), calls[0])["output"].to("cuda"), 3)
     began = time.perf_counter()
-    told = wait_until_compiled(client)
+    left = wait_until_compiled(client)
     bench.add("until the ranks have compiled", time.perf_counter() - began, "s")
-    for one in told:
-        print(f"{one.label}, {one.compute}: {one.state} {one.reason or ''}", flush=True)
-    bench.add("transformers that are not compiled", sum(o.state != "compiled" for o in told), "", 0)
+    bench.add("transformers that are not compiled", left, "", 0)
     for size, call, output in zip(SIZES, calls, expected, strict=True):
         for run in ("first", "second"):
             began = time.perf_counter()
@@ -120,8 +118,7 @@ def bench_compiled(
     bench.add("forward at 1024², service, compiled", compiled, "ms")
     bench.add("eager to compiled", eager / compiled, "x")
     bench_picture(bench, remote, "1 compiled rank")
-    left = wait_until_compiled(client, 1.0)
-    bench.add("transformers not compiled after it", sum(o.state != "compiled" for o in left), "", 0)
+    bench.add("transformers not compiled after it", wait_until_compiled(client, 1.0), "", 0)
 
 
 def bench_picture(bench: Bench, remote: RemoteRanks, name: str) -> None:

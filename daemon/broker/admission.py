@@ -46,18 +46,24 @@ def choose_crowd(
     return crowd
 
 
-def explain_refusal(
-    component: Component, nbytes: int, device: str, free: int, copies: Iterable[Copy]
-) -> OutOfMemory:
-    """The error for ``nbytes`` that do not fit: who holds how much, and what can be done."""
+def name_holders(device: str, copies: Iterable[Copy]) -> str:
+    """Who keeps what on a device from being evicted; "" if nobody does."""
     leased = [
         f"{copy.component.label} ({copy.nbytes} bytes, used by {', '.join(copy.holders)})"
         for copy in copies
         if copy.key.device == device and copy.leases
     ]
-    held = f"; in use and not evictable: {'; '.join(leased[:8])}" if leased else ""
+    return f"in use and not evictable: {'; '.join(leased[:8])}" if leased else ""
+
+
+def explain_refusal(
+    component: Component, nbytes: int, device: str, free: int, copies: Iterable[Copy]
+) -> OutOfMemory:
+    """The error for ``nbytes`` that do not fit: who holds how much, and what can be done."""
+    held = name_holders(device, copies)
     text = (
-        f"{component.label} needs {nbytes} bytes on {device}, {max(0, free)} can be had{held}. "
+        f"{component.label} needs {nbytes} bytes on {device}, {max(0, free)} can be had"
+        f"{f'; {held}' if held else ''}. "
         "Options: an fp8 file, fewer resident components, the text encoder on the CPU, a larger "
         "--budget or smaller --reserve of the daemon, or another GPU"
     )

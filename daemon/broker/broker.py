@@ -28,6 +28,7 @@ from ...protocol.peers import Peer
 from ..keeper import messages as k
 from ..settings import Settings
 from . import events as e
+from .admission import name_holders
 from .catalog import Catalog
 from .copy import Copy
 from .device_orders import DeviceOrders
@@ -449,6 +450,10 @@ class Broker:
         until = time.monotonic() + _ROOM_SECONDS
         while self.catalog.is_freeing(device) and time.monotonic() < until:
             await asyncio.sleep(_LOOK_SECONDS)
+
+    def name_holders(self, device: str) -> str:
+        """Who keeps what on a device from being evicted; "" if nobody does."""
+        return name_holders(device, self.catalog.copies.values())
 
     # --- grants
 

@@ -65,7 +65,7 @@ class ChildProcess:
 class RestartPolicy:
     """When to start a child again: at once, then after pauses, and not after the third failure.
 
-    A child that lived for 30 s, or did its work, before it failed begins a new row.
+    A child that did its work, or lived for 30 s without any, before it failed begins a new row.
     """
 
     def __init__(self) -> None:
@@ -80,10 +80,15 @@ class RestartPolicy:
         """The child did what it is for."""
         self._failures = 0
 
-    def failed(self) -> float | None:
-        """The child failed now: seconds until the next start, or None to give up."""
+    def failed(self, *, at_work: bool = False) -> float | None:
+        """The child failed now: seconds until the next start, or None to give up.
+
+        ``at_work``: at what it is for. Then it does not matter how long it lived: a hang is noticed
+        only after a deadline.
+        """
         lived, self._started = time.monotonic() - self._started, math.inf
-        self._failures = 1 if lived >= _STABLE_SECONDS else self._failures + 1
+        begins = lived >= _STABLE_SECONDS and not at_work
+        self._failures = 1 if begins else self._failures + 1
         if self._failures >= _FAILURES_IN_A_ROW:
             return None
         return 0.0 if self._failures == 1 else 1.0

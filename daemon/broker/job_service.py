@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+import msgspec
+
 from ...protocol import limits
 from ...protocol import messages as m
 from ...protocol.errors import (
@@ -36,7 +38,7 @@ _TRIM_AFTER_SECONDS = 2.0  # without work
 _LOOK_SECONDS = 0.02
 _COMPILE_AFTER_SECONDS = 0.5  # without work: more than between the steps of a client's sampler
 _COMPILE_AMID_SECONDS = 60.0  # after which ranks that are never idle compile between two turns
-_COMPILE_SECONDS = 600.0  # that one piece may take: a minute on a loaded machine, not the deadline
+_COMPILE_SECONDS = 100.0  # that one piece may take: less than what clients wait for an answer
 _COMPILE_LOSSES = 2  # ranks lost while they compiled, after which they are started without
 
 Frames = Sequence[Frame]
@@ -55,6 +57,8 @@ class JobHost(Protocol):
 
     async def make_room(self, device: str, keep: frozenset[str]) -> None: ...
 
+    def name_holders(self, device: str) -> str: ...
+
 
 class JobService:
     """Runs from :meth:`start` to :meth:`close` on the event loop."""
@@ -68,6 +72,7 @@ class JobService:
         self._closing: dict[str, list[Callable[[], None]]] = {}
         self._dropped_jobs: list[int] = []
         self._dropped_sessions: list[str] = []
+        self._served: set[str] = set()  # sessions that had jobs, of which ranks may keep something
         self._numbers = itertools.count(1)
         self._wake = asyncio.Event()
         self._worked = False  # since memory was trimmed
@@ -96,6 +101,7 @@ class JobService:
             self._host.answer(asker, m.Need(missing))
             return
         self.jobs.add(JobRecord(next(self._numbers), asker, domain, body, frames))
+        self._served.add(asker.session)
         self._wake.set()
 
     def cancel(self, asker: e.Asker) -> None:
@@ -104,9 +110,11 @@ class JobService:
             self._drop([job])
 
     def session_ended(self, session: str) -> None:
-        """Forget the jobs and the kept tensors of a session."""
+        """Forget the jobs of a session and what is kept for it, here and in the ranks."""
         self._drop(self.jobs.cancel_session(session))
-        if self.kept.end_session(session):
+        self.kept.end_session(session)
+        if session in self._served:
+            self._served.remove(session)
             self._dropped_sessions.append(session)
             self._wake.set()
 
@@ -250,7 +258,7 @@ class JobService:
             if missing and not job.begun:
                 self._host.answer(job.asker, m.Need(missing))
                 return
-            self._worked = True
+            self._worked, job.life = True, self._group.starts
             await self._open_components(job)
             if job.cancelled:  # perhaps with its session, for which nothing may be kept any more
                 self._drop([job])
@@ -288,9 +296,9 @@ class JobService:
         ]
         job.regions = [{key: copy.region for key, copy in copies.items()} for copies in found]
         for copies in zip(*(copies.values() for copies in found), strict=True):
-            await self._open_component(copies)
+            await self._open_component(copies, job.life)
 
-    async def _open_component(self, copies: Sequence[Copy]) -> None:
+    async def _open_component(self, copies: Sequence[Copy], life: int) -> None:
         """Have every rank map its copy of a component. One at a time: a table may be large."""
         lacking = {
             rank: copy
@@ -311,6 +319,7 @@ class JobService:
                     opening[rank] = [await self._export(self._group.links[rank], copy)]
                 except SidecarError as error:
                     failed = error
+            self._group.check_life(life)
             # Also if one failed: what the others have been sent must not stay unopened.
             results = await self._group.run(
                 lambda link: m.OpenTask(task=link.new_task(), regions=opening.get(link.rank, []))
@@ -346,6 +355,7 @@ class JobService:
 
     async def _turn(self, job: JobRecord) -> Result:
         """Give every rank the job's next turn; what rank 0 says of it."""
+        self._group.check_life(job.life)
         forget = self.kept.use(job.asker.session, job.body.tensors) if not job.begun else []
 
         def make_task(link: RankLink) -> m.TurnTask:
@@ -375,7 +385,12 @@ class JobService:
                 await asyncio.wait([room], timeout=_LOOK_SECONDS)
             room.result()
         await self._trim()
-        return await self._turn(job)
+        result = await self._turn(job)
+        if isinstance(outcome := result.outcome, m.Failed) and outcome.code == OutOfMemory.code:
+            held = filter(None, map(self._host.name_holders, dict.fromkeys(self._group.devices)))
+            text = "; ".join([outcome.message, *held])[: limits.TEXT]
+            result = Result(msgspec.structs.replace(outcome, message=text), result.frames)
+        return result
 
     def _pass_on(self, job: JobRecord, result: Result) -> bool:
         """Answer with what rank 0 said; whether the job is finished."""

@@ -37,6 +37,7 @@ class JobRecord:
     begun: bool = False  # the ranks hold state of it
     cancelled: bool = False  # while the ranks work on it
     retried: bool = False
+    life: int = 0  # of the ranks, in which its turn began
 
     @property
     def nbytes(self) -> int:

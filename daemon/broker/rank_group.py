@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...protocol import messages as m
-from ...protocol.errors import RankFault, RankLost, RanksUnavailable
+from ...protocol.errors import NO_RANKS, RankFault, RankLost, RanksUnavailable
 from ..ranks.messages import Assignment
 from .child_process import RestartPolicy
 from .events import Asker
@@ -25,6 +25,7 @@ from .rank_pool import RankPool
 
 _START_SECONDS = 180.0  # imports, CUDA contexts and meeting, on a loaded machine
 _GRACE_SECONDS = 1.0  # past the deadline, in which the ranks themselves give up
+_END_SECONDS = 30.0  # after which a killed process that is still there is said to be stuck
 
 
 class RankGroup:
@@ -66,6 +67,7 @@ class RankGroup:
         self._timer: asyncio.TimerHandle | None = None  # of the start, or until the next one
         self._overdue: asyncio.TimerHandle | None = None  # of the task that is worked on
         self._ending = False  # killed, not all gone yet
+        self._at_work = False  # has a task, or was killed with one
         self._pool = RankPool(self._arguments(), len(self.devices) if spares else 0)
 
     @property
@@ -78,7 +80,7 @@ class RankGroup:
     def start(self) -> None:
         """Start all ranks; the group is ready when each asks for a task."""
         self.starts += 1
-        self.state, self._ending, self.links = "starting", False, []
+        self.state, self._ending, self._at_work, self.links = "starting", False, False, []
         self._meeting_file.unlink(missing_ok=True)
         try:
             for rank, device in enumerate(self.devices):
@@ -110,6 +112,11 @@ class RankGroup:
         """The rank with this pid."""
         return next((link for link in self.links if link.pid == pid), None)
 
+    def check_life(self, life: int) -> None:
+        """Raise RankLost unless ``life`` (:attr:`starts`, earlier) is still that of these ranks."""
+        if self.starts != life:
+            raise RankLost("the ranks were restarted meanwhile: try again")
+
     async def run(
         self,
         make_task: Callable[[RankLink], m.Task],
@@ -127,6 +134,7 @@ class RankGroup:
         if self.state != "ready":
             raise RankLost("the ranks are being restarted: try again")
         futures = [link.give(make_task(link), frames) for link in self.links]
+        self._at_work = True
         seconds = self.deadline if patience is None else patience
         self._overdue = self._loop.call_later(
             seconds + _GRACE_SECONDS,
@@ -148,6 +156,7 @@ class RankGroup:
             reason = failed[0] if failed else "the ranks answered one task differently"
             self.restart(reason)
             raise RankLost(f"{reason}; the ranks are being restarted: try again")
+        self._at_work = False
         return results
 
     def worked(self) -> None:
@@ -164,15 +173,16 @@ class RankGroup:
         log("ranks-lost", "error", error=reason)
         for link in self.links:
             if link.state != "ended":
-                link.kill()
+                link.kill(reason)
+        self._timer = self._loop.call_later(_END_SECONDS, self._stuck)
         self._on_lost(RankLost(f"{reason}; the ranks are being restarted: try again"))
 
     def explain(self) -> RanksUnavailable:
         """Why jobs are refused."""
         if not self.devices:
-            return RanksUnavailable(
-                "this daemon has no ranks: start it with `xdit-sidecar serve --ranks N`"
-            )
+            return RanksUnavailable(NO_RANKS)
+        if self._ending:
+            return RanksUnavailable(f"{self.error}. The ranks start again when it has")
         return RanksUnavailable(
             f"the ranks failed three times in a row and are not started again: {self.error}. "
             "Mend that, then restart the daemon"
@@ -214,14 +224,27 @@ class RankGroup:
         log("rank-lost", "error", rank=link.rank, pid=link.pid, status=status)
         self.restart(link.error or f"rank {link.rank} ended")
         if all(other.state == "ended" for other in self.links):
+            self._cancel_timers()
             self._start_again()
 
+    def _stuck(self) -> None:
+        """What was killed is not gone: a process that waits inside the kernel, for a driver."""
+        pids = " and ".join(str(link.pid) for link in self.links if link.state != "ended")
+        self.state = "degraded"
+        self.error = (
+            f"{self.error}; process {pids} was killed {_END_SECONDS:.0f} s ago and has not ended, "
+            "as happens when a GPU or its driver hangs (`dmesg` tells)"
+        )
+        log("ranks-stuck", "error", error=self.error)
+        self._on_change()
+
     def _start_again(self) -> None:
-        delay = self._policy.failed()
+        delay = self._policy.failed(at_work=self._at_work)
         if delay is not None:
+            self.state = "starting"
             self._timer = self._loop.call_later(delay, self.start)
             return
-        self.state = "degraded"
+        self.state, self._ending = "degraded", False
         self._pool.close()
         log("ranks-degraded", "error", error=self.error)
         self._on_change()

@@ -95,8 +95,9 @@ class RankLink:
         self._idle = asker
         self._hand_out()
 
-    def kill(self) -> None:
-        """End the process; ``on_exit`` follows."""
+    def kill(self, reason: str) -> None:
+        """End the process; its tasks end at once with RankLost, ``on_exit`` follows."""
+        self._drop_tasks(reason)
         self._process.kill()
 
     def discard(self) -> None:
@@ -118,6 +119,9 @@ class RankLink:
     def _end(self, reason: str) -> None:
         self.state, self.error = "ended", reason
         self._idle = self.session = None
+        self._drop_tasks(reason)
+
+    def _drop_tasks(self, reason: str) -> None:
         self._queue.clear()
         running, self._running = self._running, {}
         for future in running.values():

@@ -6,7 +6,6 @@ import itertools
 import sys
 from collections import Counter
 
-import pytest
 from catalog_model import Model
 from catalog_scene import GPU, GRANULE, KeeperAsk, component, key
 from hypothesis import settings
@@ -284,16 +283,11 @@ class CatalogMachine(RuleBasedStateMachine):
         raise AssertionError("it never ends")
 
 
+def run_in_any_order(examples: int, steps: int) -> None:
+    """So many random orders, of so many steps."""
+    given = settings(max_examples=examples, stateful_step_count=steps, deadline=None)
+    run_state_machine_as_test(CatalogMachine, settings=given)
+
+
 def test_catalog_keeps_its_promises_in_any_order() -> None:
-    run_state_machine_as_test(
-        CatalogMachine, settings=settings(max_examples=500, stateful_step_count=60)
-    )
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(3600)
-def test_catalog_keeps_its_promises_in_very_many_orders() -> None:
-    run_state_machine_as_test(
-        CatalogMachine,
-        settings=settings(max_examples=10_000, stateful_step_count=100),
-    )
+    run_in_any_order(examples=500, steps=60)
