@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # Converting these changes the precision and nothing else; integers and fp8 have scales beside them.
 _CONVERTIBLE = ("F64", "F32", "F16", "BF16")
+_FLOATS = {*_CONVERTIBLE, "F8_E4M3", "F8_E5M2"}
 
 
 class ComponentFile:
@@ -34,7 +36,8 @@ class ComponentFile:
 
     ``component`` has their names without the prefix ("first_stage_model." selects the VAE of a
     whole checkpoint). ``dtype`` ("F32", "F16", "BF16"; None: as stored) is what floating tensors
-    are converted to on the way; only where it differs from the file's is torch needed.
+    are converted to on the way, or single ones, fp8 among them, by their names in the file; only
+    where it differs from the file's is torch needed.
     ``bytes_read`` counts the bytes of weights that were read. Raises BadFile.
     """
 
@@ -45,9 +48,9 @@ class ComponentFile:
         role: str,
         label: str | None = None,
         prefix: str = "",
-        dtype: str | None = None,
+        dtype: str | Mapping[str, str] | None = None,
     ) -> None:
-        if dtype is not None and dtype not in _CONVERTIBLE:
+        if isinstance(dtype, str) and dtype not in _CONVERTIBLE:
             raise BadFile(
                 f"weights cannot be converted to {dtype!r}: choose from {', '.join(_CONVERTIBLE)}"
             )
@@ -59,18 +62,18 @@ class ComponentFile:
             raise BadFile(f"{file.label!r} has no tensor{begins}; it cannot be the {role}")
         if any(t.spec.name == prefix for t in self._sources):
             raise BadFile(f"{file.label!r}: the prefix {prefix!r} is itself a tensor's name")
+        dtypes = {spec.name: _converted(spec, dtype) for spec, _ in self._sources}
+        # A file that has the wanted dtype already is the same component as one read as it is.
+        changed = {s.name: dtypes[s.name] for s, _ in self._sources if dtypes[s.name] != s.dtype}
         specs = [
             msgspec.structs.replace(
-                spec, name=spec.name.removeprefix(prefix), dtype=_converted(spec.dtype, dtype)
+                spec, name=spec.name.removeprefix(prefix), dtype=dtypes[spec.name]
             )
             for spec, _ in self._sources
         ]
-        # A file that has the wanted dtype already is the same component as one read as it is.
-        changes = any(
-            new.dtype != t.spec.dtype for new, t in zip(specs, self._sources, strict=True)
-        )
+        conversion = dtype if isinstance(dtype, str) else repr(sorted(changed.items()))
         self.component = Component(
-            fingerprint=fingerprint_file(file, dtype if changes else None, prefix),
+            fingerprint=fingerprint_file(file, conversion if changed else None, prefix),
             role=role,
             label=_readable(label if label is not None else file.label),
             tensors=lay_out(specs),
@@ -146,8 +149,13 @@ def hand_over_file(
     )
 
 
-def _converted(stored: str, wanted: str | None) -> str:
-    return wanted if wanted is not None and stored in _CONVERTIBLE else stored
+def _converted(spec: TensorSpec, wanted: str | Mapping[str, str] | None) -> str:
+    if not isinstance(wanted, Mapping):
+        return wanted if wanted is not None and spec.dtype in _CONVERTIBLE else spec.dtype
+    dtype = wanted.get(spec.name, spec.dtype)
+    if dtype != spec.dtype and not {dtype, spec.dtype} <= _FLOATS:
+        raise BadFile(f"{spec.name} is stored as {spec.dtype} and cannot be converted to {dtype}")
+    return dtype
 
 
 def _readable(label: str) -> str:

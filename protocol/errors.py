@@ -127,6 +127,13 @@ class MissingComponent(SidecarError):
     code = "missing-component"
 
 
+NO_RANKS = (
+    "this daemon has no ranks and only shares: it was configured with ranks = 0. Take that back "
+    "(--ranks, XDIT_SIDECAR_RANKS or ranks in its file: `xdit-sidecar config` tells where it is), "
+    "then restart it"
+)
+
+
 class RanksUnavailable(SidecarError):
     """The daemon has no ranks, or its rank group failed three times in a row."""
 

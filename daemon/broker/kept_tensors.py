@@ -66,12 +66,11 @@ class KeptTensors:
             forgotten.append(key)
         return forgotten
 
-    def end_session(self, session: str) -> bool:
-        """The session is gone, and with it all that it kept; whether that was anything."""
+    def end_session(self, session: str) -> None:
+        """The session is gone, and with it all that it kept."""
         ended = [key for key in self._sizes if key.session == session]
         for key in ended:
             self.nbytes -= self._sizes.pop(key)
-        return bool(ended)
 
     def clear(self) -> None:
         """The ranks have been restarted."""

@@ -2,8 +2,8 @@
 
 libzmq counts complete messages against its high-water marks; the parts of a message that never
 ends are held without bound. The guard watches the process's own memory and cuts connections when
-it has grown by more than the limit: those of processes without a session first, then those on which
-much more is coming, and all of them if that did not help.
+it has grown by more than the limit: those of processes without a session first, then those of
+processes that were sending while it grew, and all of them if that did not help.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class MemoryGuard:
         self._loop = asyncio.get_running_loop()
         self._trim = ctypes.CDLL(None).malloc_trim
         self._tries = 0
+        self._before = 0  # bytes at the look before
+        self._suspects: set[Peer] = set()  # who was sending while memory grew
         self._timer = self._loop.call_later(_PERIOD_SECONDS, self._look)
 
     def close(self) -> None:
@@ -68,15 +70,24 @@ class MemoryGuard:
             # Freed memory counts as resident until the allocator gives it back to the system.
             self._trim(0)
             resident = resident_bytes() - self._held()
+        grows, falls = resident > self._before, resident < self._before
+        self._before = resident
+        if resident <= self._usual:
+            self._suspects.clear()
+        elif grows:
+            for router in self._routers:
+                self._suspects |= router.processes(_is_sending)
         if resident <= self._limit:
             self._tries = 0
             return
+        if falls:
+            return  # what was cut is being freed
         self._tries += 1
         if self._tries <= _TRIES and self._shed(self._is_stranger):
             return
-        # An honest client's request is lost with its connection: those on which much more is
-        # coming are the likelier ones.
-        self._shed(_is_sending if self._tries <= 2 * _TRIES else lambda *_: True)
+        # An honest client's request is lost with its connection: suspects are the likelier ones,
+        # also if they pause just now.
+        self._shed(self._is_suspect if self._tries <= 2 * _TRIES else lambda *_: True)
 
     def _shed(self, which: Callable[[socket.socket, Peer], bool]) -> int:
         return sum(router.shed(which) for router in self._routers)
@@ -84,7 +95,10 @@ class MemoryGuard:
     def _is_stranger(self, _: socket.socket, peer: Peer) -> bool:
         return not self._known(peer)
 
+    def _is_suspect(self, _: socket.socket, peer: Peer) -> bool:
+        return peer in self._suspects
 
-def _is_sending(connection: socket.socket, _: Peer) -> bool:
+
+def _is_sending(connection: socket.socket) -> bool:
     unread = fcntl.ioctl(connection, termios.FIONREAD, bytes(4))
     return int.from_bytes(unread, sys.byteorder) >= _MUCH

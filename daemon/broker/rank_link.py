@@ -83,8 +83,7 @@ class RankLink:
         if self.state == "starting":
             self.state, self.session = "ready", asker.session
             self._on_ready()
-        if isinstance(request.outcome, m.Opened):
-            self.copied = request.outcome.copied
+        self.copied = request.copied
         for told in request.transformers:
             if told.state == "refused" and told not in self.transformers:
                 log("not-compiled", "warning", rank=self.rank, model=told.label, reason=told.reason)

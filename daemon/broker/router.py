@@ -307,6 +307,10 @@ class Router:
             )
         self._forget(connection, peer)
 
+    def processes(self, which: Callable[[socket.socket], bool]) -> set[Peer]:
+        """Those with a connection that ``which`` chooses."""
+        return {peer for connection, peer in self._connections.values() if which(connection)}
+
     def shed(self, which: Callable[[socket.socket, Peer], bool]) -> int:
         """Cut the connections that ``which`` chooses.
 

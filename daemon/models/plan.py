@@ -26,7 +26,7 @@ class Request:
     """What is to be computed at a time: pixels, text tokens, rows of one forward.
 
     Pictures are decoded one after another.
-    ``encoders_on_gpu``: the text encoders lie on the first GPU, else in host memory.
+    ``encoders_on_gpu``: the text encoders lie on every rank's GPU, else in host memory.
     """
 
     width: int = 1024
@@ -43,7 +43,11 @@ class Request:
 
 @dataclass(frozen=True)
 class GpuNeed:
-    """One rank's GPU, all in bytes; ``companions`` are VAE and text encoders."""
+    """One rank's GPU, all in bytes.
+
+    ``companions`` are VAE and text encoders, where they lie there. ``activations`` are the most
+    that exists at a time: of a forward, of decoding, or the copies of text encoders in host memory.
+    """
 
     name: str
     total: int
@@ -100,7 +104,7 @@ def make_plan(
     if not gpus:
         raise ValueError("a plan needs at least one GPU")
     weights = memory.weights_bytes(config, tensors)
-    # The first has the companions, too: the one with the most room.
+    # Those with the most room are used first.
     order = sorted(gpus, key=lambda gpu: -gpu.free)
     for count in range(len(order), 0, -1):
         degrees, needs = _split(config, weights, order[:count], request)
@@ -109,8 +113,8 @@ def make_plan(
     else:
         degrees, needs = _split(config, weights, order, request)
     fits = _fits(needs)
-    first = needs[0]
-    tiles = bool(first.companions) and _needs_tiles(request, first.left + first.activations)
+    companions = needs[0].companions
+    tiles = bool(companions) and _needs_tiles(request, needs)
     return Plan(
         model=config.variant,
         dtype=config.dtypes[0],
@@ -124,8 +128,10 @@ def make_plan(
             plan_words.why_dtype(config.dtypes[0], compute_dtype(config)),
             plan_words.why_degrees(degrees, config.heads, request.batch, len(needs), len(gpus)),
             *plan_words.why_links(degrees, links),
-            plan_words.why_companions(first.companions, request.encoders_on_gpu),
-            *plan_words.why_tiles(tiles, _decode_bytes(request, tiles=False)),
+            plan_words.why_companions(
+                companions, 0 if request.encoders_on_gpu else memory.text_encoder_bytes(config)
+            ),
+            *plan_words.why_tiles(tiles, _decode_bytes(request, len(needs), tiles=False)),
         ],
         gpus=needs,
         options=[] if fits else _options(_Case(config, weights, order, request)),
@@ -158,28 +164,31 @@ def _split(
         compute_item_bytes=DTYPE_BYTES[compute],
         cast_at_use=any(dtype != compute for dtype in config.dtypes),
     )
-    needs = [_need(gpu, weights, 0, forward) for gpu in gpus]
     encoders = memory.text_encoder_bytes(config)
     # Without known text encoders it is no published FLUX.1, and its VAE is not known either.
-    if encoders:
-        companions = memory.VAE.nbytes + encoders * request.encoders_on_gpu
-        room = _need(gpus[0], weights, companions, 0).left
-        # Decoding begins when the last forward is over.
-        most = max(forward, _decode_bytes(request, tiles=_needs_tiles(request, room)))
-        needs[0] = _need(gpus[0], weights, companions, most)
-    return degrees, needs
+    if not encoders:
+        return degrees, [_need(gpu, weights, 0, forward) for gpu in gpus]
+    # Every rank encodes the prompt and decodes its part of the picture.
+    companions = memory.VAE.nbytes + encoders * request.encoders_on_gpu
+    tiles = _needs_tiles(request, [_need(gpu, weights, companions, 0) for gpu in gpus])
+    # One after another: copied text encoders are given up for forwards, which end before decoding.
+    copied = encoders * (not request.encoders_on_gpu)
+    most = max(copied, forward, _decode_bytes(request, len(gpus), tiles=tiles))
+    return degrees, [_need(gpu, weights, companions, most) for gpu in gpus]
 
 
-def _needs_tiles(request: Request, room: int) -> bool:
+def _needs_tiles(request: Request, needs: Sequence[GpuNeed]) -> bool:
     size = (request.height // _LATENT, request.width // _LATENT)
-    return vae_memory.needs_tiles(memory.VAE, *size, memory.VAE.dtypes[0], room)
+    room = min(need.left + need.activations for need in needs)
+    return vae_memory.needs_tiles(memory.VAE, *size, memory.VAE.dtypes[0], room, len(needs))
 
 
-def _decode_bytes(request: Request, *, tiles: bool) -> int:
+def _decode_bytes(request: Request, ranks: int, *, tiles: bool) -> int:
+    """Of each rank."""
     size = (request.height // _LATENT, request.width // _LATENT)
     if tiles:
         size = (vae_memory.TILE, vae_memory.TILE)
-    return vae_memory.decode_bytes(memory.VAE, *size, memory.VAE.dtypes[0])
+    return vae_memory.decode_bytes(memory.VAE, *size, memory.VAE.dtypes[0]) // ranks
 
 
 def _need(gpu: Gpu, weights: int, companions: int, activations: int) -> GpuNeed:

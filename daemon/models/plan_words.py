@@ -76,23 +76,26 @@ def why_links(degrees: ParallelConfig, links: Links) -> list[str]:
     return [_WHY_LINKS[links]] if degrees.world_size > 1 else []
 
 
-def why_companions(companions: int, encoders_on_gpu: bool) -> str:
-    """What lies on the first GPU beside the transformer."""
+def why_companions(companions: int, copied: int) -> str:
+    """What lies beside the transformer; ``copied``: bytes of text encoders in host memory."""
     if not companions:
         return (
             "VAE and text encoders: not counted, because this model takes none of FLUX.1's own "
             "text encoders"
         )
-    what = "VAE, T5-XXL and CLIP-L" if encoders_on_gpu else "the VAE"
-    where = "" if encoders_on_gpu else "; the text encoders stay in host memory, as asked for"
-    return (
-        f"VAE and text encoders: {what} in 16 bits ({human_bytes(companions)}) on the first GPU, "
-        f"which has the most room{where}"
-    )
+    what = "the VAE" if copied else "VAE, T5-XXL and CLIP-L"
+    text = f"VAE and text encoders: {what} in 16 bits ({human_bytes(companions)}) on each GPU"
+    if copied:
+        text += (
+            f"; the text encoders stay in host memory, and a rank that encodes a prompt has a copy "
+            f"of them on its GPU ({human_bytes(copied)}, counted with the activations), which it "
+            "gives up for the forwards"
+        )
+    return text
 
 
 def why_tiles(tiles: bool, whole: int) -> list[str]:
-    """Why the picture is decoded piece by piece; nothing to say where it is not."""
+    """Why the picture is decoded piece by piece, ``whole`` bytes of a rank being too many."""
     if not tiles:
         return []
     return [

@@ -24,7 +24,12 @@ def decode_bytes(config: VaeConfig, height: int, width: int, dtype: str) -> int:
     return pixels * _ELEMENTS * DTYPE_BYTES[dtype] * config.widths[0] // _CHANNELS
 
 
-def needs_tiles(config: VaeConfig, height: int, width: int, dtype: str, free_bytes: int) -> bool:
-    """Whether a decode in one piece would not fit into ``free_bytes``, but tiles are smaller."""
+def needs_tiles(
+    config: VaeConfig, height: int, width: int, dtype: str, free_bytes: int, ways: int = 1
+) -> bool:
+    """Whether a decode in one piece would not fit into ``free_bytes``, but tiles are smaller.
+
+    ``ways``: among how many ranks it is shared, each with so many free.
+    """
     whole = decode_bytes(config, height, width, dtype)
-    return whole > free_bytes and whole > decode_bytes(config, TILE, TILE, dtype)
+    return whole // ways > free_bytes and whole > decode_bytes(config, TILE, TILE, dtype)

@@ -11,17 +11,27 @@ from ...protocol.endpoints import why_not_private
 _OTHERS_WRITE = 0o022
 
 
-def code_cache() -> Path:
-    """In systemd's cache directory for the service, or in the account's."""
+def code_cache() -> Path | None:
+    """In systemd's cache directory for the service, or in the account's; None if it has none."""
     if given := os.environ.get("CACHE_DIRECTORY"):
         return Path(given.partition(":")[0]) / "torchinductor"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError:  # neither HOME nor an entry for the uid
+            return None
     return Path(base) / "xdit-sidecar" / "torchinductor"
 
 
 def prepare_code_cache() -> str | None:
     """Make what ``$TORCHINDUCTOR_CACHE_DIR`` names ours alone; why it cannot be used, or None."""
-    directory, owner = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]), os.geteuid()
+    if not (given := os.environ.get("TORCHINDUCTOR_CACHE_DIR")):
+        return (
+            f"there is no place to keep code: uid {os.geteuid()} has no home directory; set "
+            "XDG_CACHE_HOME"
+        )
+    directory, owner = Path(given), os.geteuid()
     try:
         directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if problem := _who_could_replace(directory, owner):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -130,7 +131,9 @@ class Denoiser:
             compute_dtype=DTYPES[options.compute],
         )
         context = self._context(options, resident, inputs)
-        self._reserve(resident, inputs, context.config)
+        reserve = partial(self._reserve, resident, inputs, context.config)
+        if context.config.pipefusion == 1:
+            reserve(kept=0)
         with applied(resident.flux.model, stack):
             if context.config.pipefusion > 1:
                 tokens = resident.pipefusion.step(
@@ -140,6 +143,7 @@ class Denoiser:
                     slot=options.run,
                     condition=conditioning.name,
                     adapters=str(options.adapters),
+                    reserve=reserve,
                 ).output
             elif resident.compiled is not None and stack is None and context.config.sequence == 1:
                 tokens = resident.compiled.forward(context, inputs)
@@ -171,6 +175,16 @@ class Denoiser:
         """Drop what an ended session left."""
         for resident in self._components.built(_Resident):
             resident.pipefusion.forget(session)
+
+    def forget_run(self, options: DenoiserOptions) -> None:
+        """Drop what a run that is over left."""
+        for resident in self._components.built(_Resident):
+            resident.pipefusion.forget(options.session, options.run)
+
+    def forget_others(self, sessions: Container[str]) -> None:
+        """Drop what is kept for all sessions but these; what goes on there begins exactly anew."""
+        for resident in self._components.built(_Resident):
+            resident.pipefusion.forget_others(sessions)
 
     def forget_regions(self) -> None:
         """Regions are about to be closed: hold nothing of them."""
@@ -221,7 +235,9 @@ class Denoiser:
         self._stacks.move_to_end(key)
         return self._stacks[key]
 
-    def _reserve(self, resident: _Resident, inputs: FluxInputs, degrees: ParallelConfig) -> None:
+    def _reserve(
+        self, resident: _Resident, inputs: FluxInputs, degrees: ParallelConfig, kept: int
+    ) -> None:
         rows, image, _ = inputs.hidden_states.shape
         text = inputs.encoder_hidden_states.shape[1]
         nbytes = forward_bytes(
@@ -233,7 +249,8 @@ class Denoiser:
             compute_item_bytes=inputs.hidden_states.element_size(),
             cast_at_use=resident.casts,
         )
-        self._reservation.check(nbytes, f"{rows} x {image + text} tokens of a forward")
+        what = f"{rows} x {image + text} tokens of a forward"
+        self._reservation.check(nbytes + kept, what, lasting=kept)
 
 
 def _is_neutral(names: Iterable[str]) -> bool:

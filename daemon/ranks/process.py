@@ -45,7 +45,12 @@ class RankClient(Client):
             outcome, frames = worker.perform(
                 task, inputs, lambda number: session.take_descriptor(number, Deadline(10.0))
             )
-            request = m.NextTask(task=task.task, outcome=outcome, transformers=worker.transformers)
+            request = m.NextTask(
+                task=task.task,
+                outcome=outcome,
+                copied=worker.copied_bytes,
+                transformers=worker.transformers,
+            )
 
     def _next(
         self, session: ClientSession, request: m.NextTask, frames: Sequence[memoryview]
@@ -80,7 +85,8 @@ def main() -> int:
     # torch takes up to 32 processes, which would be in the way of all else.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(8, max(1, cores))))
     # torch's own choice lies in /tmp under a name that anybody can take before.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(code_cache()))
+    if (cache := code_cache()) is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     channel = RankChannel(arguments.channel)
     try:
         # After the environment, and before the hello, which tells the daemon which torch this is.

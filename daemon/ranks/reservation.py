@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
 from ...protocol.errors import OutOfMemory
 from .parallel.process_group import RankGroup
+
+_OPTIONS = (
+    "a smaller picture or batch, an fp8 file, text encoders on the CPU, fewer resident components "
+    "(`xdit-sidecar unload`), or more GPUs"
+)
 
 
 class Reservation:
@@ -21,26 +28,31 @@ class Reservation:
         self._reserve = reserve
         self._neighbours = neighbours
         self._fitted = 0  # bytes that fitted since memory was given back; they are cached
+        #: Called where room is short: frees what can be had again. The same on all ranks.
+        self.give_up: Callable[[], None] = lambda: None
 
-    def check(self, nbytes: int, what: str, *, alone: bool = False) -> None:
+    def check(self, nbytes: int, what: str, *, alone: bool = False, lasting: int = 0) -> None:
         """Raise OutOfMemory, on every rank or on none, if ``nbytes`` cannot be had.
 
-        ``what`` they are needed for, ``alone``: by rank 0 only. All ranks call it with the same
-        numbers. Costs nothing while the ranks still hold as much from earlier work.
+        ``what`` they are needed for, ``alone``: by rank 0 only, ``lasting``: how many of them are
+        not free again afterwards. All ranks call it with the same numbers. Costs nothing while the
+        ranks still hold as much from earlier work.
         """
-        if nbytes <= self._fitted:
-            return
-        needed = nbytes * (1 if alone else self._neighbours)
-        missing = self._most(needed + self._reserve - self._free())
-        if missing <= 0:
-            self._fitted = nbytes if not alone else self._fitted
-            return
-        raise OutOfMemory(
-            f"{what} need about {needed} bytes on each device besides a reserve of "
-            f"{self._reserve}, and {missing} are missing. "
-            "Options: a smaller picture or batch, an fp8 file, text encoders on the CPU, fewer "
-            "resident components (`xdit-sidecar unload`), or more GPUs"
-        )
+        if nbytes > self._fitted:
+            self._find(nbytes * (1 if alone else self._neighbours), what, _OPTIONS)
+            if alone:
+                return
+            self._fitted = nbytes
+        self._fitted -= lasting
+
+    def check_lasting(self, nbytes: int, what: str, options: str) -> None:
+        """Like :meth:`check` for what stays, of which each rank may need another number of bytes.
+
+        ``options``: what the user can do where it does not fit.
+        """
+        if self._most(nbytes):
+            self._find(nbytes * self._neighbours, what, options)
+            self._fitted = 0
 
     def trim(self) -> None:
         """Return cached device memory to the system."""
@@ -48,6 +60,20 @@ class Reservation:
         if self._group.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+    def _find(self, needed: int, what: str, options: str) -> None:
+        if self._missing(needed) <= 0:
+            return
+        self.give_up()
+        self.trim()
+        if (missing := self._missing(needed)) > 0:
+            raise OutOfMemory(
+                f"{what} need about {needed} bytes on each device besides a reserve of "
+                f"{self._reserve}, and {missing} are missing. Options: {options}"
+            )
+
+    def _missing(self, needed: int) -> int:
+        return self._most(needed + self._reserve - self._free())
 
     def _free(self) -> int:
         """Bytes that this process can still have."""
@@ -61,11 +87,11 @@ class Reservation:
                     return int(line.split()[1]) * 1024
         return self._reserve
 
-    def _most(self, missing: int) -> int:
-        """What the rank that is worst off misses."""
+    def _most(self, nbytes: int) -> int:
+        """That of the rank with the largest number."""
         if self._group.world_size == 1:
-            return missing
+            return nbytes
         device = self._group.device if self._group.backend == "nccl" else torch.device("cpu")
-        worst = torch.tensor([missing], dtype=torch.int64, device=device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        return int(worst)
+        most = torch.tensor([nbytes], dtype=torch.int64, device=device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,13 +43,21 @@ Performed = tuple[m.Outcome, list[memoryview]]
 TakeDescriptor = Callable[[int], int]
 
 
+class _Begun(NamedTuple):
+    """A run that waits for its next turn."""
+
+    session: str
+    run: Run
+
+
 class Worker:
     """One rank of a group that has met."""
 
     def __init__(self, group: RankGroup, reservation: Reservation, *, compiles: bool) -> None:
         self._group = group
-        self._components = OpenComponents(group.device)
+        self._components = OpenComponents(group.device, reservation)
         self._reservation = reservation
+        self._reservation.give_up = self._give_up
         self._engines = Engines(
             group,
             self._components,
@@ -63,7 +72,8 @@ class Worker:
             TextEncoding(self._components),
         )
         self._kept: dict[tuple[str, bytes], Tensor] = {}
-        self._runs: dict[int, Run] = {}
+        self._runs: dict[int, _Begun] = {}
+        self._at_work = ""  # the session whose turn it is
 
     @classmethod
     def meet(
@@ -105,6 +115,11 @@ class Worker:
         """What the broker is told of with each outcome."""
         return self._engines.denoiser.transformers()
 
+    @property
+    def copied_bytes(self) -> int:
+        """Of copies on this rank's device, of components in host memory."""
+        return self._components.copied_bytes
+
     def perform(self, task: m.Task, frames: Frames, take: TakeDescriptor) -> Performed:
         """Do a task; its outcome and the outcome's raw frames. Never raises.
 
@@ -131,44 +146,57 @@ class Worker:
                     number = opened.grant.descriptor
                     descriptor = None if number is None else take(number)
                     self._components.open(opened.grant, opened.component, descriptor)
-                return m.Opened(copied=self._components.copied_bytes), []
+                return m.Opened(), []
             case m.CloseTask(regions=closed):
                 self._engines.denoiser.forget_regions()
                 self._components.close(closed)
-                return m.Opened(copied=self._components.copied_bytes), []
+                return m.Opened(), []
             case m.DropTask(jobs=jobs, sessions=sessions):
                 for job in jobs:
-                    self._runs.pop(job, None)
+                    if (begun := self._runs.pop(job, None)) is not None:
+                        begun.run.end()
                 for session in sessions:
                     self._forget_session(session)
             case m.CompileTask():
                 self._engines.denoiser.compile_piece()
             case m.TrimTask():
+                self._give_up()
                 self._reservation.trim()
             case m.TurnTask():
-                return self._take_turn(task, frames)
+                self._at_work = task.session
+                try:
+                    return self._take_turn(task, frames)
+                finally:
+                    self._at_work = ""
         return m.Done(), []
 
     def _take_turn(self, task: m.TurnTask, frames: Frames) -> Performed:
         if task.body is None:
-            run = self._runs.pop(task.job, None)
-            if run is None:
+            begun = self._runs.pop(task.job, None)
+            if begun is None:
                 raise Internal(f"job {task.job} is not known to rank {self._group.rank}")
+            run = begun.run
         else:
             try:
                 tensors = self._receive(task.session, task.body.tensors, frames)
             finally:  # afterwards, because it may be something that this job itself brought
                 for key in task.forget:
                     self._kept.pop(key, None)
+            self._components.copy_to_device(task.regions.values())
             run = begin_run(task, task.body, tensors, self._engines)
+        goes_on = False
         try:
             result = run.advance()
+            goes_on = isinstance(result, Progress)
         except (OutOfMemory, torch.OutOfMemoryError):
-            if task.body is None:
-                self._runs[task.job] = run  # as it was: it may be tried again with more room
+            goes_on = task.body is None  # as it was: it may be tried again with more room
             raise
+        finally:
+            if goes_on:
+                self._runs[task.job] = _Begun(task.session, run)
+            else:
+                run.end()
         if isinstance(result, Progress):
-            self._runs[task.job] = run
             parts, data = self._send(result.tensors)
             return m.Step(step=result.step, steps=result.steps, tensors=parts), data
         parts, data = self._send(result)
@@ -200,6 +228,12 @@ class Worker:
             return [], []
         packed = [pack_tensor(name, tensor) for name, tensor in tensors.items()]
         return [part for part, _ in packed], [frame for _, frames in packed for frame in frames]
+
+    def _give_up(self) -> None:
+        """Free what can be had again, but for what unfinished jobs go on with."""
+        busy = {begun.session for begun in self._runs.values()} | {self._at_work}
+        self._engines.denoiser.forget_others(busy)
+        self._components.give_up_copies()
 
     def _forget_session(self, session: str) -> None:
         self._engines.denoiser.forget_session(session)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .. import messages as m
-from ..errors import BadMessage, RanksUnavailable
+from ..errors import NO_RANKS, BadMessage, RanksUnavailable
 from ..tensors import Buffer, describe_tensor, pack_tensor, unpack_tensors
 from .client import Client
 from .deadline import Deadline, ShouldCancel
@@ -52,8 +52,9 @@ class RemoteRanks:
 
         ``job.tensors`` is made from ``tensors`` (any device). ``timeout`` (seconds) counts from the
         last sign of life: a picture may take longer as long as its steps come. ``on_step`` is
-        called with steps done, steps in all and perhaps a preview (h, w, 3), U8. Giving up frees
-        the caller at once; the ranks stop at the next step.
+        called with steps done, steps in all and perhaps a preview: (h, w, 3), U8, or without a VAE
+        (C, h, w), F32, the transformer's latent. Giving up frees the caller at once; the ranks stop
+        at the next step.
 
         Raises SidecarError: RankLost (retryable) when the ranks died over it, MissingComponent,
         OutOfMemory, BadJob, RanksUnavailable, Cancelled, DeadlineExceeded…
@@ -74,7 +75,7 @@ class RemoteRanks:
                 raise RanksUnavailable(f"the ranks were given up: {group.error}")
             time.sleep(min(0.05, deadline.next_wait("waiting for the ranks")))
         if group is None:
-            raise RanksUnavailable("this daemon has no ranks: start it with --ranks N")
+            raise RanksUnavailable(NO_RANKS)
 
     def _try(
         self,

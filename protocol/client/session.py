@@ -47,6 +47,7 @@ from ..version import (
 from .deadline import Deadline
 
 Channel = zmq.Socket[bytes]
+SessionEnd = tuple[type[SidecarError], str]  # of what is raised about it
 _CONNECT_SLICE = struct.pack("ll", 0, 50_000)  # struct timeval, 50 ms
 
 
@@ -63,14 +64,15 @@ class ChannelPool:
         self._limit = limit
         self._lock = threading.Lock()
         self._idle: list[Channel] = []
-        self._closed = False
+        self._closed: SessionEnd | None = None
 
     @contextlib.contextmanager
     def channel(self) -> Iterator[Channel]:
         """A connected DEALER for the length of the block."""
         with self._lock:
-            if self._closed:
-                raise DaemonLost("the session is closed")
+            if self._closed is not None:
+                kind, text = self._closed
+                raise kind(text)
             channel = self._idle.pop() if self._idle else None
         if channel is None:
             channel = self._context.socket(zmq.DEALER)
@@ -88,15 +90,15 @@ class ChannelPool:
 
     def _put_back(self, channel: Channel) -> None:
         with self._lock:
-            if self._closed:
+            if self._closed is not None:
                 channel.close()
             else:
                 self._idle.append(channel)
 
-    def close(self) -> None:
-        """Close the idle channels now and busy ones when they come back."""
+    def close(self, why: SessionEnd) -> None:
+        """Close the idle channels now and busy ones when they come back; ``why`` for late ones."""
         with self._lock:
-            self._closed = True
+            self._closed = why
             for channel in self._idle:
                 channel.close()
             self._idle.clear()
@@ -118,7 +120,7 @@ class ClientSession:
         self.daemon_version = daemon
         self.daemon_peer = peer_of(stream.sock)
         self.lost = threading.Event()
-        self._why_lost: tuple[type[SidecarError], str] = (DaemonLost, "the session is closed")
+        self._why_lost: SessionEnd = (DaemonLost, "the session is closed")
         self.control = ChannelPool(
             context, endpoints.control, limits.CONTROL_QUEUE, limits.CONTROL_FRAME
         )
@@ -247,8 +249,8 @@ class ClientSession:
 
     def _end(self) -> None:
         self._stream.close()
-        self.control.close()
-        self.bulk.close()
+        self.control.close(self._why_lost)
+        self.bulk.close(self._why_lost)
         with self._arrived:
             self.lost.set()
             for descriptor, _ in self._descriptors.values():

@@ -94,7 +94,7 @@ class Forward(Message, frozen=True, tag="forward", kw_only=True):
 class Generate(Message, frozen=True, tag="generate", kw_only=True):
     """A whole picture. Answered by :class:`Step` after each step and :class:`Output` at the end.
 
-    Components "transformer", "vae" for an image or a preview, "clip_l" and "t5" for token ids.
+    Components "transformer", "vae" for an image, "clip_l" and "t5" for token ids.
     Tensors: "context" and "y", or "clip_l_ids" (B, 77·n) and "t5_ids" (B, T), for cfg other than 1
     the same with "negative_" before; perhaps "latent", "noise", "mask", "sigmas". Outputs:
     "latent", and "image" (B, H, W, 3) in fp32 from 0 to 1 if ``decode``.
@@ -108,7 +108,7 @@ class Generate(Message, frozen=True, tag="generate", kw_only=True):
     width: _Pixels = 1024  # of the picture, in pixels; a given latent has its own size
     height: _Pixels = 1024
     batch: Annotated[int, Meta(ge=1, le=64)] = 1
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    seed: Annotated[int, Meta(ge=0)] = 0  # MessagePack's largest is torch's, 2^64 - 1
     steps: Annotated[int, Meta(ge=1, le=10_000)] = 20
     guidance: _Finite = 3.5  # of distilled models
     cfg: _Finite = 1.0  # 1: no negative prompt
@@ -156,11 +156,15 @@ class Output(Message, frozen=True, tag="output"):
 
 
 class Step(Message, frozen=True, tag="step", kw_only=True):
-    """The job goes on: ``step`` of ``steps`` are done. A small preview's frame may follow."""
+    """The job goes on: ``step`` of ``steps`` are done. A preview's frame may follow.
+
+    "preview" is a small picture (h, w, 3), U8; of a job without a VAE it is the latent as the
+    transformer knows it, (C, h, w), F32.
+    """
 
     step: Count
     steps: Count
-    tensors: Parts = msgspec.field(default_factory=list)  # "preview" (h, w, 3), U8
+    tensors: Parts = msgspec.field(default_factory=list)  # "preview"
 
 
 class Need(Message, frozen=True, tag="need"):

@@ -21,10 +21,8 @@ from .status import TransformerStatus
 _Regions = Annotated[list[RegionId], Meta(max_length=limits.COMPONENTS)]
 
 
-class Opened(Message, frozen=True, tag="opened", kw_only=True):
+class Opened(Message, frozen=True, tag="opened"):
     """Regions were mapped or unmapped."""
-
-    copied: Bytes  # that the rank holds besides all its regions: copies on its own device
 
 
 Outcome = Done | Opened | Probed | Output | Step | Failed
@@ -35,6 +33,7 @@ class NextTask(Message, frozen=True, tag="next-task", kw_only=True):
 
     task: Count = 0  # that the outcome belongs to; 0: none yet
     outcome: Outcome | None = None
+    copied: Bytes = 0  # that the rank holds of components in host memory, on its own device
     transformers: Annotated[list[TransformerStatus], Meta(max_length=limits.TRANSFORMERS)] = (
         msgspec.field(default_factory=list)
     )
@@ -110,7 +109,7 @@ class CompileTask(Message, frozen=True, tag="compile-task", kw_only=True):
 
 
 class TrimTask(Message, frozen=True, tag="trim-task", kw_only=True):
-    """Return cached device memory to the system."""
+    """Free what can be had again, and return cached device memory to the system."""
 
     task: Count
 

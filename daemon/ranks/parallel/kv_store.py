@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -78,4 +79,9 @@ class KvStore:
     def forget(self, session: str, slot: str | None = None) -> None:
         """Drop one entry, or all of a session that has ended."""
         for key in [k for k in self._entries if k[0] == session and slot in (None, k[1])]:
+            del self._entries[key]
+
+    def forget_others(self, sessions: Container[str]) -> None:
+        """Drop the entries of all sessions but these."""
+        for key in [key for key in self._entries if key[0] not in sessions]:
             del self._entries[key]

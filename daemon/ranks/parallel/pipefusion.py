@@ -11,6 +11,7 @@ pipelines, cuts the block lists of the model in place and keeps keys and values 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,13 +94,17 @@ class PipeFusion:
         condition: str,
         adapters: str = "",
         warm: bool = False,
+        reserve: Callable[[int], None] | None = None,
     ) -> StepResult:
         """One denoising step, called on all ranks with equal arguments.
 
         The step is warm if asked for, if ``session`` and ``slot`` have no state, at the first
-        ``warm_steps``, when sigma (``inputs.timestep``) repeats or rises, and when shapes, dtype,
-        ``condition`` or ``adapters`` are others than in the last step. Raises RuntimeError if a
-        rank stays away past the group's deadline; the state is then forgotten.
+        ``warm_steps``, when sigma (``inputs.timestep``) repeats, rises or is no number, and when
+        shapes, dtype, ``condition`` or ``adapters`` are others than in the last step. Raises
+        RuntimeError if a rank stays away past the group's deadline; the state is then forgotten.
+
+        ``reserve`` is told beforehand how many bytes of keys and values the step will keep that
+        are not kept yet, on the stage that holds most; it may raise.
         """
         config = context.config
         config.check_model(self._flux.heads, self._flux.blocks)
@@ -108,10 +113,13 @@ class PipeFusion:
         context.activate()
         batch = BatchSplit(inputs.hidden_states.shape[0], config.cfg)
         entry = self._entry(context, inputs, batch, session, slot, condition, adapters)
+        keep = entry.signature.patches > 1 and self._store.fits(entry)
+        if reserve is not None:
+            reserve(entry.nbytes if keep and not entry.layers else 0)
         # From the inputs that all ranks have, never from what a rank computed.
         sigma = float(inputs.timestep.max())
-        if sigma >= entry.sigma:
-            entry.warm_steps = 0  # another run begins, or a sampler looks back
+        if not sigma < entry.sigma:
+            entry.warm_steps = 0  # another run begins, a sampler looks back, or one of both is NaN
         warm = warm or not entry.layers or entry.warm_steps < self._warm_steps
         # Forgotten first: a step that fails leaves keys and values of two steps behind.
         self._store.forget(session, slot)
@@ -120,16 +128,19 @@ class PipeFusion:
         length = inputs.hidden_states.shape[1]
         spans = [(0, length)] if warm else even_ranges(length, entry.signature.patches)
         stage = _Stage(self._flux.model, context, inputs.take_rows(batch, context.cfg_rank))
-        keep = entry.signature.patches > 1 and self._store.fits(entry)
         output = join_rows(context, batch, stage.run(spans, entry, keep))
         entry.sigma = sigma
         entry.warm_steps += warm
         self._store.put(session, slot, entry)
         return StepResult(output, warm)
 
-    def forget(self, session: str) -> None:
-        """Drop what an ended session left."""
-        self._store.forget(session)
+    def forget(self, session: str, slot: str | None = None) -> None:
+        """Drop what a run that is over left, or an ended session."""
+        self._store.forget(session, slot)
+
+    def forget_others(self, sessions: Container[str]) -> None:
+        """Drop what is kept for all sessions but these."""
+        self._store.forget_others(sessions)
 
     def _entry(
         self,

@@ -68,7 +68,7 @@ def guard_version(installed: str | None = None) -> str:
             installed = importlib.metadata.version("xfuser")
         except importlib.metadata.PackageNotFoundError:
             raise XfuserUnusable(
-                "xfuser is not installed: pip install 'xdit-sidecar[daemon]'"
+                "xfuser is not installed: pip install '.[daemon]' in a clone of the repository"
             ) from None
     if Version(installed) not in TESTED_VERSIONS:
         raise XfuserUnusable(
@@ -134,7 +134,7 @@ def _load_envs() -> Any:
     if "xfuser.envs" not in sys.modules:
         spec = importlib.util.find_spec("xfuser")
         if spec is None:
-            raise XfuserUnusable("xfuser is not installed: pip install 'xdit-sidecar[daemon]'")
+            raise XfuserUnusable("xfuser is not installed: pip install '.[daemon]' in a clone of the repository")
         # The package's own __init__ would import everything.
         sys.modules["xfuser"] = importlib.util.module_from_spec(spec)
         try:

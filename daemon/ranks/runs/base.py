@@ -37,6 +37,10 @@ class Run(Protocol):
         """
         ...
 
+    def end(self) -> None:
+        """No turn follows, whatever the reason: drop what was kept for the next one."""
+        return
+
 
 class Engines(NamedTuple):
     """What runs compute with."""

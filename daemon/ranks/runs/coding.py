@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ....protocol import messages as m
-from .base import Engines, Place, Tensors, require
+from .base import Engines, Place, Run, Tensors, require
 
 
-class DecodeRun:
+class DecodeRun(Run):
     """See :class:`~.base.Run`."""
 
     def __init__(self, job: m.Decode, tensors: Tensors, place: Place, engines: Engines) -> None:
@@ -23,7 +23,7 @@ class DecodeRun:
         return {"image": image}
 
 
-class EncodeRun:
+class EncodeRun(Run):
     """See :class:`~.base.Run`."""
 
     def __init__(self, job: m.Encode, tensors: Tensors, place: Place, engines: Engines) -> None:
@@ -37,7 +37,7 @@ class EncodeRun:
         return {"latent": latent}
 
 
-class EncodeTextRun:
+class EncodeTextRun(Run):
     """See :class:`~.base.Run`."""
 
     def __init__(self, job: m.EncodeText, tensors: Tensors, place: Place, engines: Engines) -> None:

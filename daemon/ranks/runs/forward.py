@@ -5,12 +5,12 @@ from __future__ import annotations
 from ....protocol import messages as m
 from ....protocol.tensors import digest_tensor
 from ..denoiser import Conditioning, DenoiserOptions
-from .base import Engines, Place, Tensors, require
+from .base import Engines, Place, Run, Tensors, require
 
 _REFERENCE = "ref_latents."
 
 
-class ForwardRun:
+class ForwardRun(Run):
     """See :class:`~.base.Run`; done in one turn."""
 
     def __init__(self, job: m.Forward, tensors: Tensors, place: Place, engines: Engines) -> None:

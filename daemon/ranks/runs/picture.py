@@ -19,14 +19,14 @@ from ..sampling.latent_format import to_vae
 from ..sampling.noise import seeded_noise
 from ..sampling.sampler import Denoising
 from ..sampling.schedule import DEV_MU, SCHNELL_SHIFT, flux_sigmas
-from .base import Engines, Place, Progress, Tensors, require
+from .base import Engines, Place, Progress, Run, Tensors, require
 
 _PIXELS = 8  # of a picture per latent pixel, where no VAE says otherwise
 _NEGATIVE = "negative_"
 _DDIM = "ddim"
 
 
-class PictureRun:
+class PictureRun(Run):
     """See :class:`~.base.Run`."""
 
     def __init__(self, job: m.Generate, tensors: Tensors, place: Place, engines: Engines) -> None:
@@ -41,13 +41,15 @@ class PictureRun:
             degrees=job.degrees,
             adapters=place.loras(job.adapters),
         )
+        # What is kept of each stays apart.
+        self._negative_options = replace(self._options, run=_NEGATIVE)
         self._config = _check_model(engines.denoiser.config(self._options))
         shape = self._latent_shape()
         # Sooner told than at the end.
         check_output("latent", prod(shape) * DTYPE_BYTES["F32"])
         if job.decode:
             engines.autoencoder.check_size(place.region("vae"), job.compute, shape)
-        elif job.preview:
+        elif job.preview and "vae" in job.components:
             engines.components.find(place.region("vae"), "vae")
         self._denoising = self._start(shape)
         self._positive: Conditioning | None = None
@@ -72,6 +74,11 @@ class PictureRun:
             self._place.region("vae"), self._job.compute, latent
         )
         return {"latent": latent, "image": image}
+
+    def end(self) -> None:
+        """See :meth:`~.base.Run.end`."""
+        for options in (self._options, self._negative_options):
+            self._engines.denoiser.forget_run(options)
 
     def _start(self, shape: Sequence[int]) -> Denoising:
         job, tensors = self._job, self._tensors
@@ -153,10 +160,9 @@ class PictureRun:
             return denoiser.predict(self._options, x, sigma, positive)
         both = _join(positive, negative)
         if both is None:  # prompts of different lengths
-            options = replace(self._options, run=_NEGATIVE)  # what is kept of each stays apart
             return (
                 denoiser.predict(self._options, x, sigma, positive),
-                denoiser.predict(options, x, sigma, negative),
+                denoiser.predict(self._negative_options, x, sigma, negative),
             )
         output = denoiser.predict(self._options, x.repeat(2, 1, 1, 1), sigma.repeat(2), both)
         with_prompt, without = output.chunk(2)
@@ -166,6 +172,8 @@ class PictureRun:
         denoised = self._denoising.denoised
         if not self._job.preview or denoised is None:
             return {}
+        if "vae" not in self._job.components:
+            return {"preview": denoised[0]}
         preview = self._engines.autoencoder.preview(
             self._place.region("vae"), self._job.compute, to_vae(denoised)
         )

@@ -8,7 +8,6 @@ import components
 import torch
 from daemon_process import running_daemon
 from xdit_sidecar.daemon.ranks.components import OpenComponent
-from xdit_sidecar.protocol import messages as m
 
 
 def test_components_in_host_memory_are_copied_for_another_device(tmp_path: Path) -> None:
@@ -19,10 +18,11 @@ def test_components_in_host_memory_are_copied_for_another_device(tmp_path: Path)
             "cpu",
             lambda writer: writer.copy_tensors(tensors),
         )
-        grant = m.RegionGrant(region=held.region, device="cpu", kind="memfd", nbytes=held.nbytes)
 
         def opened(device: str) -> OpenComponent:
-            return OpenComponent(held.component, grant, held.hold(), torch.device(device))
+            found = OpenComponent(held.component, held.hold(), torch.device(device))
+            found.copy()
+            return found
 
         assert opened("cpu").copied_bytes == 0
         # As a GPU: another device, to which everything has to be moved.

@@ -23,6 +23,16 @@ CONFIGS: dict[int, list[dict[str, int]]] = {
 # Image and text tokens; the first divides by all degrees, the last are extremes.
 LENGTHS = [[64, 16], [63, 16], [64, 15], [63, 13], [25, 3], [1, 16], [64, 1], [1, 1]]
 BATCHES = [1, 2, 3]
+# Runs of PipeFusion: ranks, and the arguments of `rank_tasks.run_pipefusion`.
+PIPEFUSION: dict[str, tuple[int, dict[str, Any]]] = {
+    name: (ranks, {"degrees": degrees, "image": i, "text": t, "rows": r, "patches": p})
+    for name, ranks, degrees, i, t, r, p in (
+        ("2 stages", 2, {"pipefusion": 2}, 64, 16, 1, 2),
+        ("4 patches", 2, {"pipefusion": 2}, 63, 13, 2, 4),
+        ("4 stages", 4, {"pipefusion": 4}, 25, 3, 1, 0),
+        ("2 stages and cfg", 4, {"pipefusion": 2, "cfg": 2}, 25, 13, 3, 3),
+    )
+}
 
 
 def measure(nursery: Nursery, ranks: int, seeds: list[int], **more: Any) -> list[dict[str, Any]]:
@@ -49,6 +59,21 @@ def worst_ratios(cases: list[dict[str, Any]]) -> dict[str, float]:
         ratio = math.inf if any(m["nan"] for m in members) else math.sqrt(error / alone)
         worst[f"{config} {dtype}"] = max(worst[f"{config} {dtype}"], ratio)
     return dict(worst)
+
+
+def drift(found: dict[str, Any]) -> tuple[float, float]:
+    """Largest error of stale steps relative to the output, and that of steps that hardly move."""
+    return max(found["errors"][1:]), max(found["slow_errors"][1:])
+
+
+def measure_drifts(nursery: Nursery) -> dict[str, float]:
+    """`drift` of each run of PipeFusion; AssertionError if it is that of no update at all."""
+    drifts = {}
+    for name, (ranks, arguments) in PIPEFUSION.items():
+        first, *_ = values(nursery.run("run_pipefusion", ranks, **arguments))
+        drifts[name], _ = drift(first)
+        assert drifts[name] < first["no_update"], (name, drifts[name], first["no_update"])
+    return drifts
 
 
 def run_soak(nursery: Nursery, seeds: int = 50, step: int = 5) -> dict[str, float]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "components")]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "components")]
+sys.path.append(str(HERE.parents[1]))
 
 # What importing xfuser brings in besides xfuser: a fork is then ready in a second.
 HEAVY = [
@@ -50,9 +51,11 @@ def run_rank(order: dict[str, Any], rank: int) -> None:
     import rank_tasks
     import repair_tasks
     import vae_tasks
+    import worker_tasks
 
     os.environ.update(order["settings"])
-    tasks = {**rank_tasks.TASKS, **repair_tasks.TASKS, **vae_tasks.TASKS}
+    modules = (rank_tasks, repair_tasks, vae_tasks, worker_tasks)
+    tasks = {name: task for module in modules for name, task in module.TASKS.items()}
     result: dict[str, Any]
     try:
         place = rank_tasks.Place(rank, order["world_size"], Path(order["directory"]))

@@ -284,6 +284,11 @@ def run_pipefusion(
 
     later = one[2]
     cramped = PipeFusion(flux, KvStore(max_entries=8, max_bytes=1), patches=patches)
+    no_number = torch.full((rows,), math.nan)
+    poisoned = driver()
+    run(poisoned, start, "a")
+    run(poisoned, {**next_step, "timestep": no_number}, "a")
+    after_no_number = bool(run(poisoned, later, "a").warm)
     forgotten = driver()
     run(forgotten, start, "a")
     forgotten.forget("s")
@@ -305,6 +310,8 @@ def run_pipefusion(
             "sigma falls": warm_after(later),
             "sigma repeats": warm_after(next_step),
             "sigma rises": warm_after(start),
+            "sigma is no number": warm_after({**later, "timestep": no_number}),
+            "sigma was no number": after_no_number,
             "image grows": warm_after({**other, **small}),
             "condition changes": warm_after(later, condition="other"),
             "adapters change": warm_after(later, adapters="lora"),

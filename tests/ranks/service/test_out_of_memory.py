@@ -34,7 +34,7 @@ def test_a_forward_that_does_not_fit(tmp_path: Path, ranks: int) -> None:
                 lambda s: not any(c.sessions for c in s.components if "idle" in c.label)
             )
             huge = {**inputs, "x": torch.zeros(1, 4, SIDE, SIDE, dtype=torch.float16)}
-            with pytest.raises(OutOfMemory, match="smaller picture.*used by"):
+            with pytest.raises(OutOfMemory, match=r"smaller picture.*used by"):
                 user.forward(huge)
             (left,) = scene.status.components
             assert left.fingerprint == user.fingerprint

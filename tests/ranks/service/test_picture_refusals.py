@@ -67,7 +67,6 @@ def test_parts_that_nobody_handed_over(user: User) -> None:
     ids = {"clip_l_ids": torch.zeros(1, 77, dtype=torch.int64)}
     for wrong, given in [
         (msgspec.structs.replace(job, decode=True), tensors),
-        (msgspec.structs.replace(job, preview=True), tensors),
         (job, {**ids, "t5_ids": ids["clip_l_ids"]}),
     ]:
         with pytest.raises(MissingComponent):

@@ -23,6 +23,7 @@ from picture_scene import (
 )
 from ranks_scene import RanksScene, some_inputs
 from xdit_sidecar.daemon.models.sources import NODES
+from xdit_sidecar.daemon.ranks.sampling.latent_format import to_vae
 from xdit_sidecar.daemon.ranks.sampling.noise import seeded_noise
 from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.errors import BadJob, MissingComponent, TooLarge, UnsupportedModel
@@ -136,9 +137,16 @@ def test_a_part_in_the_wrong_role(drawer: Drawer) -> None:
         drawer.draw(ids_of(), components=swapped, steps=1)
 
 
-def test_a_preview_needs_a_vae(drawer: Drawer) -> None:
-    with pytest.raises(MissingComponent, match="names no vae, and needs one"):
-        drawer.draw(ids_of(), "vae", decode=False, preview=True)
+def test_a_preview_without_a_vae(drawer: Drawer) -> None:
+    seen: list[tuple[int, int, torch.Tensor | None]] = []
+    found = drawer.draw(
+        ids_of(), "vae", decode=False, preview=True, on_step=lambda *step: seen.append(step)
+    )
+    last = seen[-1][2]
+    assert last is not None
+    assert last.dtype == torch.float32
+    # The last step's is the finished latent, as the transformer knows it.
+    torch.testing.assert_close(to_vae(last[None]), found["latent"])
 
 
 # --- what cannot be computed: told to the client, and the ranks go on
