@@ -41,10 +41,10 @@ docs: setup ## docs/protocol.md from the message types
 
 test: ## every behaviour once, in parallel, with coverage
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install one, or name it with PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) tools/setup_env.py --browser
+	@$(PYTHON) tools/setup_env.py --tools
 	@mkdir -p .cache/coverage
 	PYTHONPATH="$(CURDIR)/tests/untraced" OMP_NUM_THREADS=1 \
-		$(VENV) -m pytest -n 2 -m "not soak and not bench" --cov $(PYTEST_ARGS)
+		$(VENV) -m pytest -n 2 --cov $(PYTEST_ARGS)
 
 soak: setup ## the full counts, resumable, written as JSON
 	OMP_NUM_THREADS=1 $(VENV) tests/soak/run.py

@@ -19,8 +19,20 @@ _QUICK_SECONDS = 0.5  # ComfyUI asks for fingerprints before each prompt
 
 INSTALL_HINT = (
     "The daemon runs beside ComfyUI, in an environment of its own: install it there with "
-    "`pip install 'xdit-sidecar[daemon]'`, then start it with `xdit-sidecar serve --ranks N`."
+    "`pip install '.[daemon]'` in a clone of its repository, then start it with "
+    "`xdit-sidecar serve`."
 )
+#: By the codes of errors.
+WHAT_TO_DO = {
+    "absent": INSTALL_HINT,
+    "deadline": "The daemon is busy or hangs: see its log, and restart it if this stays so.",
+    "lost": "Wait until the daemon is back, or start it with `xdit-sidecar serve` (its log says "
+    "why it ended), then run the prompt again.",
+    "not-allowed": "Start a daemon of your own, or have its owner run it with --trust-uid.",
+    "runtime-dir": "Set XDIT_SIDECAR_RUNTIME_DIR to the daemon's directory and restart ComfyUI.",
+    "version": "Install the same version of xdit-sidecar for ComfyUI and for the daemon, then "
+    "restart both.",
+}
 
 
 class Link:
@@ -31,6 +43,7 @@ class Link:
             name="ComfyUI", host=f"ComfyUI {comfy_version()}", dynamic_vram=has_dynamic_vram()
         )
         self.remote = RemoteRanks(self.client)
+        self._kept_epoch = ":0"
         atexit.register(self.client.close)
 
     def boot_id(self) -> str:
@@ -44,13 +57,22 @@ class Link:
         """Changes when what was handed over has to be handed over again. Never raises."""
         return f"{self.boot_id()}:{self.client.orphans}"
 
+    def kept_epoch(self) -> str:
+        """As `epoch`, but the last known while no daemon answers. Never raises.
+
+        For what goes on to work without one: weights that are mapped stay so.
+        """
+        if boot_id := self.boot_id():
+            self._kept_epoch = f"{boot_id}:{self.client.orphans}"
+        return self._kept_epoch
+
     def rank_devices(self) -> list[str]:
         """Where the ranks work, at least one place. Raises SidecarError."""
         devices = list(dict.fromkeys(rank.device for rank in self.client.status().ranks))
         if not devices:
             raise RanksUnavailable(
                 "the daemon has no ranks, so nothing can be computed there: start it again with "
-                "`xdit-sidecar serve --ranks N`"
+                "`xdit-sidecar serve`, without `--ranks 0`"
             )
         return devices
 
@@ -90,8 +112,8 @@ def stop_if_interrupted() -> bool:
 
 def explain(error: SidecarError) -> str:
     """An error for people at the node, with what to do about it."""
-    text = str(error)
-    return f"{text}. {INSTALL_HINT}" if error.code == "absent" else text
+    hint = WHAT_TO_DO.get(error.code)
+    return f"{error}. {hint}" if hint else str(error)
 
 
 def comfy_version() -> str:

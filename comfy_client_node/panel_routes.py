@@ -18,7 +18,7 @@ from ..protocol.client.deadline import Deadline, ShouldCancel
 from ..protocol.errors import SidecarError
 from ..protocol.health.check import HealthReport
 from ..protocol.health.runner import run_checks
-from .link import INSTALL_HINT, comfy_version, has_dynamic_vram, link
+from .link import WHAT_TO_DO, comfy_version, has_dynamic_vram, link
 from .panel_report import Problem, Report, make_report
 
 STATUS = "/xdit/status"
@@ -30,15 +30,6 @@ REQUIRED_HEADER = "X-XDiT-Panel"
 _STATUS_SECONDS = 3.0
 _CHECK_SECONDS = 20.0
 
-_WHAT_TO_DO = {
-    "absent": INSTALL_HINT,
-    "deadline": "The daemon is busy or hangs: see its log, and restart it if this stays so.",
-    "lost": "The daemon stopped or was restarted a moment ago: wait, or see its log.",
-    "not-allowed": "Start a daemon of your own, or have its owner run it with --trust-uid.",
-    "runtime-dir": "Set XDIT_SIDECAR_RUNTIME_DIR to the daemon's directory and restart ComfyUI.",
-    "version": "Install the same version of xdit-sidecar for ComfyUI and for the daemon, then "
-    "restart both.",
-}
 _ELSE_TO_DO = "See the daemon's log, then restart it."
 
 _FOREIGN = Problem(
@@ -131,7 +122,7 @@ def _describe(error: SidecarError) -> Problem:
     return Problem(
         code=error.code,
         problem=str(error),
-        what_to_do=_WHAT_TO_DO.get(error.code, _ELSE_TO_DO),
+        what_to_do=WHAT_TO_DO.get(error.code, _ELSE_TO_DO),
     )
 
 

@@ -23,6 +23,10 @@ COMPUTE: dict[torch.dtype, m.ComputeDtype] = {
 }
 
 
+class RanksFailed(RuntimeError):
+    """The daemon did not do a job. Its text is for people at the node."""
+
+
 def run_on_ranks(
     link: Link,
     make_job: Callable[[], m.Job],
@@ -34,7 +38,7 @@ def run_on_ranks(
     """Outputs of a job; it is tried once more if the ranks, or the daemon, were started anew.
 
     ``renew`` has the job's components resident again, where the ranks miss one. ``make_job`` is
-    called for each try. Raises RuntimeError for people at the node.
+    called for each try. Raises RanksFailed.
     """
     recovered: set[str] = set()
     while True:
@@ -48,12 +52,12 @@ def run_on_ranks(
             )
         except SidecarError as error:
             if not isinstance(error, MissingComponent | RankLost) or error.code in recovered:
-                raise RuntimeError(explain(error)) from None
+                raise RanksFailed(explain(error)) from None
             recovered.add(error.code)
             _log.warning("xDiT: %s; trying once more", error)
             failure = _recover(link, error, renew)
         if failure is not None:
-            raise RuntimeError(failure)
+            raise RanksFailed(failure)
 
 
 def _recover(link: Link, error: SidecarError, renew: Callable[[], object]) -> str | None:

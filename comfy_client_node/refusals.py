@@ -1,15 +1,17 @@
-"""What a forward by the ranks cannot do, and how it is told before anything is sampled."""
+"""What a forward by the ranks cannot do, as far as one call of the diffusion model shows it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
+from ..protocol.messages.jobs import RefLatentsMethod
+
+REFERENCE_METHODS = get_args(RefLatentsMethod)
+#: Arguments of FLUX's forward that have a place of their own in a job.
+KNOWN_ARGUMENTS = ("attention_mask", "ref_latents_method")
 # Of ``transformer_options``: code that ComfyUI's own blocks would call.
 _PATCHES = ("patches", "patches_replace", "block_patches", "optimized_attention_override")
-_COMPILE = "torch.compile"
-# What functions call that patch blocks for a part of a step: ComfyUI's for nodes to use.
-_PATCHER = "set_model_options_patch_replace"
 
 
 class CannotBeRemote(RuntimeError):
@@ -25,49 +27,18 @@ class CannotBeRemote(RuntimeError):
 
 
 def check_call(control: Any, options: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-    """Raise CannotBeRemote if a call of the diffusion model cannot be answered by the ranks."""
-    for problem in _problems_of_call(control, options, others):
+    """Raise CannotBeRemote if a call of the diffusion model cannot be answered by the ranks.
+
+    ``others``: arguments that have no name in its signature.
+    """
+    for problem in problems_of_call(control, options, others):
         raise CannotBeRemote(problem)
 
 
-def find_problem(patcher: Any, conds: Mapping[str, Any]) -> str | None:
-    """What a run of a sampler would stumble over; None if the ranks can do it all.
-
-    ``patcher`` is the ModelPatcher that is to be sampled, ``conds`` the guider's conditions.
-    """
-    options = patcher.model_options.get("transformer_options", {})
-    for problem in (*_problems_of_call(None, options, {}), *_later(patcher.model_options)):
-        return problem
-    for group in conds.values():
-        for cond in group or []:
-            if cond.get("control") is not None:
-                return "ControlNet"
-            if cond.get("attention_mask") is not None:
-                return "a mask of attention in the conditioning"
-            if (hooks := cond.get("hooks")) is not None and any(map(_is_of_weights, hooks.hooks)):
-                return "LoRA hooks in the conditioning, which change weights during the run"
-    wrappers = getattr(patcher, "wrappers", {}).get("apply_model", {})
-    if _COMPILE in wrappers or any("diffusion_model" in key for key in patcher.object_patches):
-        return "compiling or replacing the diffusion model (its ranks compile by themselves)"
-    return None
-
-
-def _is_of_weights(hook: Any) -> bool:
-    return getattr(getattr(hook, "hook_type", None), "name", "") == "Weight"
-
-
-def _later(options: Mapping[str, Any]) -> Iterator[str]:
-    """Functions of nodes that patch blocks only when a step calls them."""
-    for value in options.values():
-        for function in value if isinstance(value, list | tuple) else [value]:
-            if _PATCHER in getattr(getattr(function, "__code__", None), "co_names", ()):
-                node = function.__qualname__.partition(".")[0]
-                yield f"patches of attention or blocks (by the node {node})"
-
-
-def _problems_of_call(
+def problems_of_call(
     control: Any, options: Mapping[str, Any], others: Mapping[str, Any]
 ) -> Iterator[str]:
+    """See `check_call`."""
     if control is not None:
         yield "ControlNet"
     for name in _PATCHES:
@@ -78,3 +49,9 @@ def _problems_of_call(
         yield "changed positions (rope_options)"
     if others.get("attention_mask") is not None:
         yield "a mask of attention in the conditioning"
+    method = others.get("ref_latents_method")
+    if method is not None and method not in REFERENCE_METHODS:
+        yield f"reference latents by the method {method}"
+    for name, value in others.items():
+        if value is not None and name not in KNOWN_ARGUMENTS:
+            yield f"the argument {name} of the diffusion model, which is not known here"

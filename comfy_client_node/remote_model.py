@@ -6,6 +6,7 @@ import inspect
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_detection
@@ -19,6 +20,7 @@ from ..protocol import messages as m
 from ..protocol.client.attachment import Attachment
 from ..protocol.component_file import ComponentFile, hand_over_file
 from ..protocol.errors import UnsupportedModel
+from ..protocol.messages.jobs import RefLatentsMethod
 from ..protocol.safetensors_file import SafetensorsFile
 from .link import Link, stop_if_interrupted
 from .lora_patches import LoraComponents
@@ -30,15 +32,21 @@ _ROLE = "transformer"
 _LOAD_SECONDS = 600.0  # without a byte of progress
 _CHECKPOINT = "model.diffusion_model."  # what the names begin with in whole checkpoints
 _NODE = "XDiT UNet Loader"
+# What may be set of a RemoteTransformer.
+_ATTRIBUTES = {
+    "_is_torch_compile",  # by torch, for who has it compiled: told when it is sampled
+    *("training", "dtype", "patch_size", "params", "owner", "link", "degrees"),
+    *("_node", "_path", "_prefix", "_shapes", "_keep", "_held", "_loras"),
+}
 
 
 class WeightlessModel(RuntimeError):
     """Something in the workflow wants to read the weights of a model that has none here."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, node: str) -> None:
         super().__init__(
-            f"the model of the {_NODE!r} node has no weights in ComfyUI, they are in the daemon: "
-            f"{what} cannot work with it. Use ComfyUI's own Load Diffusion Model node for that"
+            f"the model of the {node!r} node has no weights in ComfyUI, they are in the daemon: "
+            f"{what} cannot work with it. Use ComfyUI's own loader for that"
         )
 
 
@@ -56,14 +64,17 @@ class RemoteTransformer(torch.nn.Module):
         degrees: m.Degrees | None,
         *,
         keep: bool = True,
+        node: str = _NODE,
     ) -> None:
         """``shapes``: the weights as tensors on the meta device, by BFL's names.
 
-        ``keep``: leave it in the daemon at the end.
+        ``keep``: leave it in the daemon at the end. ``node``: the loader's name, for errors.
         """
         super().__init__()
+        self._node = node
         self.dtype = dtype
         self.patch_size = patch_size
+        self.params = SimpleNamespace(patch_size=patch_size)  # some nodes see by it what FLUX it is
         self.owner: weakref.ref[Any] | None = None  # the BaseModel, which knows its patcher
         self.link = link
         self._path = path
@@ -79,16 +90,22 @@ class RemoteTransformer(torch.nn.Module):
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", **_: Any) -> Any:
         """Names and shapes, for LoRA loaders. Raises WeightlessModel for who wants to save it."""
         if not prefix:
-            raise WeightlessModel("saving or merging a model")
+            raise WeightlessModel("saving or merging a model", self._node)
         result = {} if destination is None else destination
         result.update({prefix + name: tensor for name, tensor in self._shapes.items()})
         return result
 
     def __getattr__(self, name: str) -> Any:
         if name in {key.partition(".")[0] for key in self.__dict__.get("_shapes", ())}:
-            # An AttributeError: ComfyUI asks for some weights only to see whether they are there.
-            raise AttributeError(str(WeightlessModel(f"whatever reads its {name}")))
+            # No AttributeError: some who look for layers to patch would go on without them.
+            raise WeightlessModel(f"whatever reads its {name}", self._node)
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Packs replace parts of FLUX here, which the ranks would not know of.
+        if name not in _ATTRIBUTES:
+            raise WeightlessModel(f"whatever sets its {name}", self._node)
+        super().__setattr__(name, value)
 
     # --- residence
 
@@ -161,7 +178,7 @@ class RemoteTransformer(torch.nn.Module):
             tensors["guidance"] = guidance
         for number, reference in enumerate(ref_latents or []):
             tensors[f"ref_latents.{number}"] = reference
-        method = others.get("ref_latents_method", "offset")
+        method: RefLatentsMethod = others.get("ref_latents_method") or "offset"
         compute = COMPUTE[x.dtype]
         owner = self.owner() if self.owner is not None else None
         patcher = getattr(owner, "current_patcher", None)
@@ -220,11 +237,13 @@ def load_remote_model(
     degrees: m.Degrees | None,
     *,
     keep: bool = True,
+    node: str = _NODE,
 ) -> Any:
     """A ``ModelPatcher`` around a weightless FLUX.1, whose file is handed over and not loaded.
 
     ``dtype`` is what ComfyUI calls the weights' dtype; None: its own choice for the file. ``keep``:
-    the daemon keeps it when ComfyUI drops the model. Raises SidecarError.
+    the daemon keeps it when ComfyUI drops the model. ``node``: the loader's name, for errors.
+    Raises SidecarError.
     """
     shapes = read_shapes(path, _CHECKPOINT)
     prefix = _CHECKPOINT if shapes else ""
@@ -243,13 +262,16 @@ def load_remote_model(
         supported_dtypes=supported,
         weight_dtype=weights_dtype,
     )
-    cast = comfy.model_management.unet_manual_cast(chosen, load_device, supported)
+    # What the user chose is what the ranks compute in, whatever ComfyUI's own device can.
+    cast = None
+    if dtype is None:
+        cast = comfy.model_management.unet_manual_cast(chosen, load_device, supported)
     config.set_inference_dtype(chosen, cast)
     config.unet_config["disable_unet_model_creation"] = True
     base = config.get_model({}, "")
     patch_size = config.unet_config.get("patch_size", 2)
     transformer = RemoteTransformer(
-        link, path, prefix, shapes, chosen, patch_size, degrees, keep=keep
+        link, path, prefix, shapes, chosen, patch_size, degrees, keep=keep, node=node
     )
     transformer.owner = weakref.ref(base)
     transformer.hand_over()

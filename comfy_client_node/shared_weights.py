@@ -14,7 +14,7 @@ from ..protocol.component_file import ComponentFile, hand_over_file
 from ..protocol.errors import RegionUnavailable, UnsupportedModel
 from ..protocol.regions.cuda_driver import CudaDriver
 from ..protocol.regions.views import safetensors_dtype, torch_dtype
-from ..protocol.safetensors_file import SafetensorsFile
+from ..protocol.safetensors_file import FileTensor, SafetensorsFile
 from .link import Link, stop_if_interrupted
 
 _log = logging.getLogger("xdit_sidecar.comfyui")
@@ -23,6 +23,9 @@ _LOAD_SECONDS = 600.0  # without a byte of progress
 _ATTRIBUTE = "xdit_shared_weights"
 #: Role of a text encoder → where ComfyUI's module of a CLIP has its parameters.
 ENCODERS = {"clip_l": "clip_l.transformer.", "t5": "t5xxl.transformer."}
+# CLIP's projection is not in all files; FLUX.1 does not use it.
+_MAY_BE_MISSING = "text_projection.weight"
+_DIFFUSERS = ".up_blocks."  # in names of diffusers' VAEs, which ComfyUI renames
 
 
 class SharedWeights:
@@ -53,7 +56,12 @@ class SharedWeights:
         for name, view in attachment.tensors().items():
             key = prefix + name
             if key in parameters:
-                self._views[key] = view
+                if not _fit(view.shape, shape := parameters[key].shape):
+                    raise UnsupportedModel(
+                        f"{attachment.component.label}: {name} is {list(view.shape)}, and "
+                        f"ComfyUI's module has {list(shape)}: it is another model"
+                    )
+                view = self._views[key] = view.reshape(shape)
                 comfy.utils.set_attr_param(self._module, key, view)
         self._held.append((attachment, prefix))
 
@@ -100,11 +108,16 @@ def device_name(device: torch.device) -> str:
 
 
 def read_shapes(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a file on the meta device, by their names without prefix. Raises BadFile."""
+    """The tensors of a file on the meta device, by their names without prefix. Raises BadFile.
+
+    Those without elements, such as the mark of scaled fp8, are on the CPU: ComfyUI copies them.
+    """
     with SafetensorsFile.open(path) as file:
         return {
             spec.name.removeprefix(prefix): torch.empty(
-                spec.shape, dtype=torch_dtype(spec.dtype), device="meta"
+                spec.shape,
+                dtype=torch_dtype(spec.dtype),
+                device="meta" if spec.nbytes else "cpu",
             )
             for spec, _ in file.tensors
             if spec.name.startswith(prefix)
@@ -135,13 +148,19 @@ def share_file(
 ) -> None:
     """Hand over one component of a file and put its tensors into the module.
 
-    The module was built on the meta device. Its dtypes are kept: where they differ from the file's
-    the component is converted once, on its way. Raises SidecarError, UnsupportedModel.
+    The module was built on the meta device. Its dtypes are kept: tensors of another one in the file
+    are converted once, on their way. Raises SidecarError, UnsupportedModel.
     """
     module = shared._module
-    wanted = _wanted_dtypes(module)
     with SafetensorsFile.open(path) as file:
-        dtype = _conversion(file, file_prefix, module_prefix, wanted)
+        tensors = {
+            module_prefix + tensor.spec.name.removeprefix(file_prefix): tensor
+            for tensor in file.tensors
+            if tensor.spec.name.startswith(file_prefix)
+        }
+        # Before the daemon has anything of it.
+        _check_complete(file, tensors, module, module_prefix)
+        dtype = _conversions(tensors, _wanted_dtypes(module))
         component = ComponentFile(file, role=role, prefix=file_prefix, dtype=dtype)
         bar = comfy.utils.ProgressBar(100)
         attachment = hand_over_file(
@@ -158,20 +177,47 @@ def share_file(
 
 
 def fill_the_rest(module: torch.nn.Module, device: torch.device) -> None:
-    """Give real memory to the parameters that no file has. Raises UnsupportedModel.
-
-    CLIP's projection may be missing from files; FLUX.1 does not use it.
-    """
+    """Give real memory to the parameters that no file has. Raises UnsupportedModel."""
     for name, parameter in list(module.named_parameters()):
         if not parameter.is_meta:
             continue
-        if not name.endswith("text_projection.weight"):
-            raise UnsupportedModel(f"the file lacks {name}: download it again")
+        if not name.endswith(_MAY_BE_MISSING):
+            raise UnsupportedModel(f"no file has {name}: use ComfyUI's own loader")
         identity = torch.eye(parameter.shape[0], dtype=parameter.dtype, device=device)
         comfy.utils.set_attr_param(module, name, identity)
     for name, buffer in module.named_buffers():
         if buffer.is_meta:
             raise UnsupportedModel(f"this ComfyUI computes {name} when it loads: not supported yet")
+
+
+def _check_complete(
+    file: SafetensorsFile, tensors: Mapping[str, FileTensor], module: torch.nn.Module, prefix: str
+) -> None:
+    """Every parameter below ``prefix`` is in the file, in its shape. Raises UnsupportedModel."""
+    if any(_DIFFUSERS in name for name in tensors):
+        raise UnsupportedModel(
+            f"{file.label!r} has diffusers' layout, and only a file in BFL's (ae.safetensors) can "
+            "be shared as it is: use that one, or load this one with ComfyUI's own Load VAE and "
+            "put XDiT Share behind it"
+        )
+    for name, parameter in module.named_parameters():
+        if not (name.startswith(prefix) and parameter.is_meta) or name.endswith(_MAY_BE_MISSING):
+            continue
+        if (found := tensors.get(name)) is None:
+            raise UnsupportedModel(
+                f"{file.label!r} lacks {name}: it is incomplete (download it again), or of a "
+                "layout that only ComfyUI's own loader knows"
+            )
+        if not _fit(found.spec.shape, parameter.shape):
+            raise UnsupportedModel(
+                f"{file.label!r}: {name} is {found.spec.shape}, and ComfyUI's module has "
+                f"{list(parameter.shape)}: it is another model, or damaged"
+            )
+
+
+def _fit(stored: Sequence[int], wanted: Sequence[int]) -> bool:
+    """The same shape; a number may also be stored as a list of one."""
+    return list(stored) == list(wanted) or (list(stored), list(wanted)) == ([1], [])
 
 
 def _wanted_dtypes(module: torch.nn.Module) -> dict[str, torch.dtype]:
@@ -188,24 +234,12 @@ def _wanted_dtypes(module: torch.nn.Module) -> dict[str, torch.dtype]:
     return found
 
 
-def _conversion(
-    file: SafetensorsFile, file_prefix: str, module_prefix: str, wanted: Mapping[str, torch.dtype]
-) -> str | None:
-    """What the file's tensors have to be converted to; None if they fit as they are."""
-    targets = set()
-    differs = False
-    for spec, _ in file.tensors:
-        key = module_prefix + spec.name.removeprefix(file_prefix)
-        if not spec.name.startswith(file_prefix) or key not in wanted:
-            continue
-        target = safetensors_dtype(wanted[key])
-        targets.add(target)
-        differs = differs or target != spec.dtype
-    if not differs:
-        return None
-    if len(targets) > 1:
-        raise UnsupportedModel(
-            f"{file.label!r}: ComfyUI wants its weights in {', '.join(sorted(targets))} at once; "
-            "convert the file to one of them, or use ComfyUI's own loader"
-        )
-    return targets.pop()
+def _conversions(
+    tensors: Mapping[str, FileTensor], wanted: Mapping[str, torch.dtype]
+) -> dict[str, str]:
+    """What tensors of the file have to be converted to, by their names there."""
+    return {
+        tensor.spec.name: target
+        for key, tensor in tensors.items()
+        if key in wanted and (target := safetensors_dtype(wanted[key])) != tensor.spec.dtype
+    }

@@ -16,6 +16,7 @@ from ..protocol.fingerprint import fingerprint_tensors
 from ..protocol.manifest import lay_out
 from ..protocol.regions.views import describe_tensors
 from .link import Link, stop_if_interrupted
+from .local_loading import CannotBeShared
 from .shared_patcher import SharedPatcher, patchers_of
 from .shared_weights import ENCODERS, SharedWeights, device_name
 
@@ -23,10 +24,6 @@ _SECONDS = 600.0
 # Files for FLUX.1 lack it, it is not used, and ComfyUI leaves in it whatever the memory held: with
 # it in the digest no two would be the same.
 _WITHOUT_VALUE = {f"{ENCODERS['clip_l']}text_projection.weight"}
-
-
-class CannotBeShared(RuntimeError):
-    """An object whose weights are not ComfyUI's plain tensors."""
 
 
 def share_vae(link: Link, vae: Any) -> Any:
@@ -102,6 +99,8 @@ def _hand_over(
         for name, parameter in module.named_parameters()
         if name.startswith(prefix) and name not in _WITHOUT_VALUE
     }
+    if (twin := _find_twin(link, tensors, role, device_name(device))) is not None:
+        return twin
     component = m.Component(
         fingerprint=fingerprint_tensors(tensors),
         role=role,
@@ -115,6 +114,36 @@ def _hand_over(
         timeout=_SECONDS,
         should_cancel=stop_if_interrupted,
     )
+
+
+def _find_twin(
+    link: Link, tensors: Mapping[str, torch.Tensor], role: str, device: str
+) -> Attachment | None:
+    """What is resident already and the same to the bit, under whatever fingerprint.
+
+    A file's is not made of its bytes, so that a digest of them does not find what a loader of files
+    handed over.
+    """
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    for component in link.client.status().components:
+        if (component.role, component.device) != (role, device) or component.nbytes < nbytes:
+            continue
+        attachment = link.client.attach(component.fingerprint, device)
+        if attachment is None:  # another user's, or not filled yet
+            continue
+        views = attachment.tensors()
+        if all(name in views and _same(views[name], each) for name, each in tensors.items()):
+            return attachment
+        attachment.release()
+    return None
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """As bytes: fp8 cannot be compared everywhere, and NaN is not equal to itself."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    flat = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(flat[0], flat[1].to(flat[0].device))
 
 
 def _fill(tensors: Mapping[str, torch.Tensor], writer: RegionWriter) -> None:

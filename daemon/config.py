@@ -44,7 +44,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Everything that can be configured, with its default. Sizes in bytes, times in seconds."""
 
     device: str = "auto"
-    ranks: Annotated[int, Meta(ge=0, le=limits.RANKS)] = 0
+    ranks: Annotated[int, Meta(ge=0, le=limits.RANKS)] | Literal["auto"] = "auto"
     spare_ranks: bool = True
     compiles: Literal["auto", "on", "off"] = msgspec.field(name="compile", default="auto")
     deadline: Annotated[float, Meta(ge=1, le=86400)] = 60.0
@@ -163,10 +163,14 @@ def misspelt_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
 def make_settings(config: Config) -> Settings:
     """What the daemon runs with. Looks for devices. Raises SettingsError, NoDevice…"""
     directory = config.runtime_dir
+    chosen = choose_devices(config.device)
+    gpus = len(chosen.devices) - 1  # host memory is one of them
+    ranks = min(max(gpus, 1), limits.RANKS) if config.ranks == "auto" else config.ranks
     return Settings(
         endpoints=resolve_runtime_dir(os.path.expanduser(directory) if directory else None),
-        devices=choose_devices(config.device),
-        ranks=config.ranks,
+        devices=chosen.devices,
+        no_gpu=chosen.no_gpu,
+        ranks=ranks,
         spare_ranks=config.spare_ranks,
         compiles=config.compiles,
         deadline=config.deadline,
@@ -206,6 +210,8 @@ def _convert(key: str, source: str, value: object, *, text: bool) -> object:
         reason = str(error).replace("`", "").replace(" - at $", ", in the element $")
         if choices := get_args(field.type) if get_origin(field.type) is Literal else ():
             reason = f"choose from {', '.join(choices)}"
+        elif key == "ranks":
+            reason = f"write auto or a number from 0 to {limits.RANKS}"
         raise ConfigError(f"{source} = {_show(value)}: {reason}") from None
     return converted
 

@@ -20,6 +20,7 @@ class Settings:
 
     endpoints: Endpoints
     devices: tuple[str, ...]  # "cpu" or GPU UUIDs
+    no_gpu: str = ""  # why no GPU is served although a driver is installed
     ranks: int = 0
     spare_ranks: bool = True  # as many processes wait to take the places of ranks that died
     compiles: m.Compile = "auto"  # whether ranks compile transformers; "auto": on a GPU

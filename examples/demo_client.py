@@ -12,7 +12,7 @@ import time
 
 import numpy
 import torch
-from demo_digits import draw_sheet
+from demo_digits import DRAW_SECONDS, draw_sheet
 from demo_processes import HandedOver
 from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.client.attachment import Attachment
@@ -93,7 +93,9 @@ def draw(
         seed=3,
     )
     start = time.perf_counter()
-    remote.run(job, tokens, on_step=lambda *_: ends.append(time.perf_counter()))
+    remote.run(
+        job, tokens, timeout=DRAW_SECONDS, on_step=lambda *_: ends.append(time.perf_counter())
+    )
     end = time.perf_counter()
     return {
         "text": ends[0] - start,

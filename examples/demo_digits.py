@@ -15,6 +15,8 @@ from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.client.attachment import Attachment
 from xdit_sidecar.protocol.client.remote import RemoteRanks
 
+DRAW_SECONDS = 600.0  # of a CPU that others use as well
+
 _SEED = 3
 _STEPS = 8
 _COLUMNS = 5
@@ -47,7 +49,7 @@ def draw_sheet(
         steps=_STEPS,
         seed=_SEED,
     )
-    _sheet(remote.run(job, tokens)["image"]).save(out)
+    _sheet(remote.run(job, tokens, timeout=DRAW_SECONDS)["image"]).save(out)
     for each in held.values():
         each.release()
     return time.perf_counter() - start

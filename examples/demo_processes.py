@@ -20,6 +20,7 @@ from xdit_sidecar.protocol.errors import DaemonAbsent
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
+_TURN_SECONDS = 300  # of one step: the first has taken more than a minute on a loaded CPU
 
 
 class DemoFailed(Exception):
@@ -50,7 +51,7 @@ class Daemon:
         command = [
             *(sys.executable, "-m", "xdit_sidecar.daemon", "serve"),
             *("--device", device, "--runtime-dir", str(self.runtime_dir)),
-            *("--ranks", str(ranks)),
+            *("--ranks", str(ranks), "--deadline", str(_TURN_SECONDS)),
         ]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log)

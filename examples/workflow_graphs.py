@@ -24,8 +24,8 @@ _MARGIN = 20  # of a group around its nodes
 _COLUMN = 420  # width of a group
 
 _START = (
-    "Start the daemon first, in a terminal on this machine: `xdit-sidecar serve --ranks 1`, or as "
-    "many ranks as you have GPUs. It keeps the models on the GPUs when ComfyUI stops."
+    "Start the daemon first, in a terminal on this machine: `xdit-sidecar serve`. It keeps the "
+    "models on the GPUs when ComfyUI stops."
 )
 _FILES = "Choose your own files in the three loaders, then write what you want to see"
 
@@ -111,12 +111,13 @@ def _loaders(graph: Graph, note: str) -> None:
         keep_resident=True,
     )
     graph.add(
-        *("clip", "XDiTLoadDualCLIP", 110),
+        *("clip", "XDiTLoadDualCLIP", 140),
         clip_name1="clip_l.safetensors",
         clip_name2="t5xxl_fp16.safetensors",
         device="default",
+        on_problem="stop",
     )
-    graph.add("vae", "XDiTLoadVAE", 60, vae_name="ae.safetensors")
+    graph.add("vae", "XDiTLoadVAE", 90, vae_name="ae.safetensors", on_problem="stop")
 
 
 _DESCRIBE = ("Describe", "#3f9e4d")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,20 @@ def _cuda_context() -> None:
         CudaDriver.load().memory_info(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_in_the_end(_cuda_context: None) -> Iterator[None]:
+    """The same for processes and shared memory of fixtures, once all of them are torn down.
+
+    Not after each module: some belong to the session and begin in any. Not for descriptors and
+    threads: libraries keep theirs.
+    """
+    before = leaks.Snapshot.take()
+    yield
+    found = [n for n in leaks.find_leaks(before) if n.startswith(("process ", "shared memory "))]
+    if found:
+        pytest.fail("left by fixtures:\n" + "\n".join(f"  {n}" for n in found), pytrace=False)
+
+
 @pytest.fixture(params=platforms.PLATFORMS)
 def platform(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,6 +97,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if on_gpu and not _has_gpu():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA driver answers"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say loudly what was not tested for want of a tool: such reasons say what to install."""
+    lacking = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and re.search(r"\binstall\b", report.longrepr[2])
+    )
+    if lacking:
+        terminalreporter.section("NOT TESTED, for want of a tool", sep="!", red=True, bold=True)
+    for reason, number in sorted(lacking.items()):
+        terminalreporter.line(f"{number} tests: {reason}", red=True)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -23,7 +23,8 @@ class DaemonProcess:
     """``xdit-sidecar serve`` with its runtime directory, log and environment.
 
     ``options`` are appended to the command line; ``environment`` is added to this process's.
-    There are no spare ranks unless the options ask for them: their imports take the cores of tests.
+    There are no ranks, nor spare ones, unless the options ask for them: their imports take the
+    cores of tests.
     """
 
     def __init__(
@@ -40,7 +41,11 @@ class DaemonProcess:
             *(sys.executable, "-m", "xdit_sidecar.daemon", "serve"),
             *("--device", device, "--runtime-dir", str(self.runtime_dir), *options),
         ]
-        defaults = {"OMP_NUM_THREADS": "1", "XDIT_SIDECAR_SPARE_RANKS": "false"}
+        defaults = {
+            "OMP_NUM_THREADS": "1",
+            "XDIT_SIDECAR_RANKS": "0",
+            "XDIT_SIDECAR_SPARE_RANKS": "false",
+        }
         self._environment = {**os.environ, **defaults, **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -51,6 +51,7 @@ class Command:
 def documents() -> list[Path]:
     """Those that people read, relative to the root."""
     top = {"README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md"}
+    top.add("examples/digits/README.md")
     return [
         path
         for path in project.files()

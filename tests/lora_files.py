@@ -119,3 +119,23 @@ def diffusers(flux: Flux, seed: int = 0, prefix: str = "transformer.") -> Tensor
         tensors[f"{prefix}{name}.lora_A.weight"] = down
         tensors[f"{prefix}{name}.lora_B.weight"] = up
     return tensors
+
+
+def lokr(flux: Flux, seed: int = 0) -> Tensors:
+    """Kronecker products for the first block: what is no low-rank pair."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in ("img_attn_proj", "txt_attn_proj"):
+        module = f"lora_unet_double_blocks_0_{name}"
+        side = flux.width // 4
+        tensors[f"{module}.lokr_w1"] = torch.randn(4, 4, generator=generator)
+        tensors[f"{module}.lokr_w2"] = torch.randn(side, side, generator=generator) / side
+    return tensors
+
+
+def dora(flux: Flux, seed: int = 0) -> Tensors:
+    """As `kohya`, with a magnitude for each row of the first block's projections."""
+    tensors = kohya(flux, seed)
+    for name in ("img_attn_proj", "txt_attn_proj"):
+        tensors[f"lora_unet_double_blocks_0_{name}.dora_scale"] = torch.full((flux.width, 1), 0.8)
+    return tensors

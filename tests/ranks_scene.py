@@ -25,7 +25,7 @@ from xdit_sidecar.protocol.component_file import ComponentFile, hand_over_file
 from xdit_sidecar.protocol.safetensors_file import SafetensorsFile
 
 SMALL = Flux(heads=4)
-# A forward of it with `slow_inputs` takes seconds on a CPU.
+# A forward of a larger picture with it takes a second on a CPU.
 LARGE = Flux(heads=4, head_size=64, double=4, single=8)
 EXACT = 2e-5  # outputs are about 1; fp32 summed in another order
 
@@ -195,11 +195,6 @@ def running_ranks(directory: Path, ranks: int, *options: str) -> Iterator[RanksS
         finally:
             if os.environ.get("XDIT_TEST_SHOW_LOG"):
                 print(daemon.log)
-
-
-def slow_inputs(seed: int = 1) -> Inputs:
-    """A forward of LARGE that takes its time."""
-    return comfy_inputs(LARGE, height=96, width=96, text=64, batch=2, seed=seed)
 
 
 def some_inputs(seed: int = 1, batch: int = 1) -> Inputs:

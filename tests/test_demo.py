@@ -16,7 +16,7 @@ from digits_scene import reader
 from PIL import Image
 from platforms import Platform
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 # Their imports take the cores of other tests.
 NO_SPARES = {"XDIT_SIDECAR_SPARE_RANKS": "false"}
@@ -82,6 +82,10 @@ def test_the_demo_measures_one_copy(platform: Platform, cache: Path) -> None:
         ]
     finally:
         os.rmdir(temporary)
+
+
+def test_the_picture_of_the_readme_shows_the_digits() -> None:
+    assert read_sheet(project.ROOT / "docs/pictures/digits.png") == list(range(10))
 
 
 def test_the_demo_fails_in_words(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lora_files
@@ -24,7 +25,8 @@ from PIL import Image
 from ranks.components.component_files import T5
 from ranks_scene import RanksScene
 from safetensors.torch import save_file
-from xdit_sidecar.daemon.commands.generate import parse_lora
+from xdit_sidecar.daemon.commands.generate import Lora, _adapters, parse_lora
+from xdit_sidecar.protocol import messages as m
 
 # As large as the tokenizers of ComfyUI need it.
 PIPELINE = Pipeline(t5=T5(layers=1, vocabulary=32128))
@@ -152,6 +154,16 @@ def test_lora_strengths() -> None:
     assert parse_lora("odd:name.safetensors") == (Path("odd:name.safetensors"), 1.0)
 
 
+def test_a_lora_that_is_named_twice_works_twice() -> None:
+    def copies(fingerprint: str) -> list[Any]:  # on two devices
+        component = SimpleNamespace(fingerprint=fingerprint)
+        return [SimpleNamespace(attachment=SimpleNamespace(component=component))] * 2
+
+    named = [("a", 0.5), ("b", 1.0), ("a", 0.25)]
+    found = _adapters([(copies(name), Lora(Path(name), strength)) for name, strength in named])
+    assert found == [m.Adapter("a", 0.75), m.Adapter("b", 1.0)]
+
+
 def test_a_whole_checkpoint(command: Commands, tmp_path: Path) -> None:
     parts = PIPELINE.tensors(seed=4)
     path = whole_checkpoint(tmp_path / "all.safetensors", **parts)
@@ -230,7 +242,7 @@ def test_without_ranks_nothing_is_loaded(
     with running_daemon(tmp_path) as daemon:
         command = Commands(daemon.runtime_dir, capsys)
         refusal = command.refused(*arguments(files, tmp_path / "fox.png"))
-        assert "this daemon has no ranks: start it with `xdit-sidecar serve --ranks N`" in refusal
+        assert "it was configured with ranks = 0" in refusal
         with daemon.client() as client:
             assert client.status().components == []
 

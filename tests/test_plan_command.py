@@ -98,7 +98,7 @@ def test_errors_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_json_has_everything(dev: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--gpus", "2", "--memory", "30GiB", "--size", "768x1344", "--text", "256")
+    options = ("--gpus", "2", "--memory", "36GiB", "--size", "768x1344", "--text", "256")
     code, found = ask(capsys, str(dev), *options, "--batch", "2", "--text-encoders", "cpu")
     assert code == 0
     assert found["request"] == {
@@ -112,7 +112,7 @@ def test_json_has_everything(dev: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (found["dtype"], found["compute"], found["fits"]) == ("BF16", "BF16", True)
     assert found["options"] == []
     assert len(found["gpus"]) == 2
-    assert found["gpus"][0]["free"] == 30 * GIB
+    assert found["gpus"][0]["free"] == 36 * GIB
     code, found = ask(capsys, str(dev), "--memory", "8GiB", "--gpus", "1")
     assert code == 1
     assert {"what", "saves", "fits"} == found["options"][0].keys()
@@ -121,13 +121,13 @@ def test_json_has_everything(dev: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_this_machine(
     dev: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = Gpu("NVIDIA RTX", 48 * GIB, 30 * GIB)
+    small = Gpu("NVIDIA RTX", 48 * GIB, 40 * GIB)
     set_machine(monkeypatch, H200, small)
     code, found = ask(capsys, str(dev))
     assert code == 0
     assert found["links"] == "nvlink"
     assert [gpu["name"] for gpu in found["gpus"]] == ["NVIDIA H200", "NVIDIA RTX"]
-    assert [gpu["free"] for gpu in found["gpus"]] == [140 * GIB, 30 * GIB]
+    assert [gpu["free"] for gpu in found["gpus"]] == [140 * GIB, 40 * GIB]
     _, found = ask(capsys, str(dev), "--gpus", "1")
     assert [gpu["name"] for gpu in found["gpus"]] == ["NVIDIA H200"]
     _, found = ask(capsys, str(dev), "--gpus", "4")

@@ -171,44 +171,51 @@ def test_every_extra_is_installed(setup_env: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uid", "present", "asked"),
+    ("uid", "ci", "present", "asked"),
     [
-        (0, {"apt-get"}, ["update", "install"]),
-        (0, {"apt-get", "chromium"}, ["update", "install"]),
-        (0, {"apt-get", "chromium", "chromedriver"}, []),
-        (1000, {"apt-get"}, []),
-        (0, set(), []),
+        (0, "", {"apt-get"}, ["update", "chromium-driver"]),
+        (0, "", {"apt-get", "chromium"}, ["update", "chromium-driver"]),
+        (0, "", {"apt-get", "chromium", "chromedriver"}, []),
+        (0, "true", {"apt-get"}, ["update", "chromium-driver", "systemd", "g++"]),
+        (0, "true", {"apt-get", "chromium", "chromedriver", "g++"}, ["update", "systemd"]),
+        (1000, "true", {"apt-get"}, []),
+        (0, "true", set(), []),
     ],
-    ids=["missing", "no driver", "there", "not root", "not Debian"],
+    ids=["missing", "no driver", "there", "in CI", "half in CI", "not root", "not Debian"],
 )
-def test_browser_is_installed_where_it_may_be(
+def test_tools_are_installed_where_they_may_be(
     setup_env: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     uid: int,
+    ci: str,
     present: set[str],
     asked: list[str],
 ) -> None:
     commands = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        commands.append(next(word for word in command if word in ("update", "install")))
+        commands.append(command[-1])
         return subprocess.CompletedProcess(command, 0, "", "")
 
+    monkeypatch.setenv("CI", ci)
     monkeypatch.setattr(setup_env.os, "geteuid", lambda: uid)
     monkeypatch.setattr(setup_env.shutil, "which", lambda name: name if name in present else None)
     monkeypatch.setattr(setup_env.subprocess, "run", run)
-    setup_env.provide_browser()
+    setup_env.provide_tools()
     assert commands == asked
 
 
-def test_no_browser_is_no_failure(
+def test_no_tool_is_no_failure(
     setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 100, "", "E: no network")
 
+    monkeypatch.setenv("CI", "true")
     monkeypatch.setattr(setup_env.os, "geteuid", lambda: 0)
     monkeypatch.setattr(setup_env.shutil, "which", lambda name: name if name == "apt-get" else None)
     monkeypatch.setattr(setup_env.subprocess, "run", run)
-    setup_env.provide_browser()
-    assert "E: no network" in capsys.readouterr().out
+    setup_env.provide_tools()
+    out = capsys.readouterr().out
+    assert out.count("E: no network") == 3
+    assert "no systemd, so the tests of the units will be skipped" in out

@@ -10,8 +10,9 @@ Builds for one particular CUDA version, and for none, are at PyTorch's own index
 be reached, the tested version comes from pip's configured index, and a warning says so if that
 turns out to be the wrong build. Nothing is done when .venv is already what it should be.
 
-The tests of the status panel need Chromium. As root on Debian it is installed where it is missing;
-elsewhere those tests are skipped and say what to install.
+The tests of the status panel need Chromium. As root on Debian it is installed where it is missing,
+with CI=true also systemd and a C++ compiler; elsewhere those tests are skipped and say what to
+install.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -37,8 +39,30 @@ OLDEST_PYTHON = (3, 11)
 TORCH_INDEX = "https://download.pytorch.org/whl"
 CUDA_BUILDS = ("13.2", "13.0", "12.9", "12.8", "12.6", "12.4")  # newest first
 EXTRAS = ("daemon", "test", "comfyui", "dev")  # of pyproject.toml; all of them
-BROWSER = ("chromium", "chromedriver")  # programs
-BROWSER_PACKAGES = ("chromium", "chromium-driver")  # of Debian
+
+
+class Tool(NamedTuple):
+    """What some tests need: its programs, Debian's packages of them, and which tests."""
+
+    name: str
+    programs: tuple[str, ...]
+    packages: tuple[str, ...]
+    tests: str
+
+
+TOOLS = (
+    Tool(
+        "Chromium",
+        ("chromium", "chromedriver"),
+        ("chromium", "chromium-driver"),
+        "the tests of the status panel",
+    ),
+)
+# Only with CI=true: nobody expects a second init system or a compiler from `make test`.
+CI_TOOLS = (
+    Tool("systemd", ("systemd-analyze", "systemctl"), ("systemd",), "the tests of the units"),
+    Tool("a C++ compiler", ("g++",), ("g++",), "the tests of ranks that compile"),
+)
 PROBE_TIMEOUT = 3.0  # seconds; an unreachable index must not hold up an offline machine
 
 
@@ -184,21 +208,28 @@ def check_torch(driver: tuple[int, int] | None) -> None:
         )
 
 
-def provide_browser() -> None:
-    """Chromium for the tests of the status panel, where this may install it."""
-    if all(map(shutil.which, BROWSER)) or os.geteuid() != 0 or not shutil.which("apt-get"):
+def provide_tools() -> None:
+    """The programs that some tests need, where this may install them."""
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
         return
-    say("installing Chromium, for the tests of the status panel")
+    missing = [
+        tool
+        for tool in (*TOOLS, *(CI_TOOLS if os.environ.get("CI") == "true" else ()))
+        if not all(map(shutil.which, tool.programs))
+    ]
     apt = ["apt-get", "-qq", "-o", "Dpkg::Use-Pty=0"]
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update"], ["install", "-y", "--no-install-recommends", *BROWSER_PACKAGES]):
-        answer = subprocess.run(
-            [*apt, *command], capture_output=True, text=True, check=False, env=environment
-        )
-        if answer.returncode != 0:
-            problem = (answer.stderr.strip() or answer.stdout.strip()).splitlines()
-            say(f"warning: no Chromium, so those tests will be skipped: {problem[-1:]}")
-            return
+    for number, tool in enumerate(missing):
+        say(f"installing {tool.name}, for {tool.tests}")
+        install = ["install", "-y", "--no-install-recommends", *tool.packages]
+        for command in ([["update"]] if number == 0 else []) + [install]:
+            answer = subprocess.run(
+                [*apt, *command], capture_output=True, text=True, check=False, env=environment
+            )
+            if answer.returncode != 0:
+                problem = (answer.stderr.strip() or answer.stdout.strip()).splitlines()
+                say(f"WARNING: no {tool.name}, so {tool.tests} will be skipped: {problem[-1:]}")
+                break
 
 
 def set_up() -> None:
@@ -233,7 +264,7 @@ def main() -> int:
         "--driver", action="store_true", help="only print the CUDA version that the driver runs"
     )
     parser.add_argument(
-        "--browser", action="store_true", help="also Chromium, where apt-get may install it"
+        "--tools", action="store_true", help="also what tests need, where apt-get may install it"
     )
     options = parser.parse_args()
     if options.driver:
@@ -247,8 +278,8 @@ def main() -> int:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             set_up()
-            if options.browser:
-                provide_browser()
+            if options.tools:
+                provide_tools()
         except subprocess.CalledProcessError as error:
             say(f"failed: {' '.join(map(str, error.cmd))}")
             return 1

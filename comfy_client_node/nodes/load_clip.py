@@ -7,11 +7,13 @@ from typing import Any
 
 import comfy.sd
 import folder_paths
+import torch
 from comfy_api.latest import io
 
-from ...protocol.errors import SidecarError
-from ..link import explain, link
+from ..fallback import STOP
+from ..link import link
 from ..loaders import TextEncoderFile, load_shared_clip
+from ..local_loading import on_problem_input, shared_or_local
 
 _FOLDER = "text_encoders"
 _DEVICES = ["default", "cpu"]
@@ -40,21 +42,31 @@ def _device_input() -> Any:
     )
 
 
-def _load(names: list[str], clip_type: str, device: str) -> io.NodeOutput:
-    files = [
-        TextEncoderFile(Path(folder_paths.get_full_path_or_raise(_FOLDER, name))) for name in names
-    ]
-    try:
-        clip = load_shared_clip(
+def _load(
+    names: list[str], clip_type: Any, device: str, on_problem: str, node: str | None
+) -> io.NodeOutput:
+    paths = [Path(folder_paths.get_full_path_or_raise(_FOLDER, name)) for name in names]
+    embeddings = folder_paths.get_folder_paths("embeddings")
+
+    def share() -> Any:
+        return load_shared_clip(
             link(),
-            files,
-            getattr(comfy.sd.CLIPType, clip_type.upper()),
-            embeddings=folder_paths.get_folder_paths("embeddings"),
+            [TextEncoderFile(path) for path in paths],
+            clip_type,
+            embeddings=embeddings,
             on_cpu=device == "cpu",
         )
-    except SidecarError as error:
-        raise RuntimeError(explain(error)) from None
-    return io.NodeOutput(clip)
+
+    def load_here() -> Any:
+        cpu = torch.device("cpu")
+        return comfy.sd.load_clip(
+            ckpt_paths=[str(path) for path in paths],
+            embedding_directory=embeddings,
+            clip_type=clip_type,
+            model_options={"load_device": cpu, "offload_device": cpu} if device == "cpu" else {},
+        )
+
+    return io.NodeOutput(shared_or_local(share, load_here, on_problem, node))
 
 
 class LoadCLIP(io.ComfyNode):
@@ -68,19 +80,23 @@ class LoadCLIP(io.ComfyNode):
             display_name="Load CLIP (xDiT)",
             category="xDiT",
             description=f"Load CLIP, one text encoder, {_ABOUT}",
-            inputs=[_file_input("clip_name", "CLIP-L or T5"), _device_input()],
+            inputs=[_file_input("clip_name", "CLIP-L or T5"), _device_input(), on_problem_input()],
             outputs=[io.Clip.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
         """A restarted daemon has to be given the weights again."""
-        return link().epoch()
+        return link().kept_epoch()
 
     @classmethod
-    def execute(cls, clip_name: str, device: str = "default") -> io.NodeOutput:
+    def execute(
+        cls, clip_name: str, device: str = "default", on_problem: str = STOP
+    ) -> io.NodeOutput:
         """Attach the encoder, or hand it over."""
-        return _load([clip_name], "stable_diffusion", device)
+        kind = comfy.sd.CLIPType.STABLE_DIFFUSION
+        return _load([clip_name], kind, device, on_problem, cls.hidden.unique_id)
 
 
 class LoadDualCLIP(io.ComfyNode):
@@ -98,16 +114,21 @@ class LoadDualCLIP(io.ComfyNode):
                 _file_input("clip_name1", "CLIP-L or T5"),
                 _file_input("clip_name2", "The other one"),
                 _device_input(),
+                on_problem_input(),
             ],
             outputs=[io.Clip.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
         """A restarted daemon has to be given the weights again."""
-        return link().epoch()
+        return link().kept_epoch()
 
     @classmethod
-    def execute(cls, clip_name1: str, clip_name2: str, device: str = "default") -> io.NodeOutput:
+    def execute(
+        cls, clip_name1: str, clip_name2: str, device: str = "default", on_problem: str = STOP
+    ) -> io.NodeOutput:
         """Attach the encoders, or hand them over."""
-        return _load([clip_name1, clip_name2], "flux", device)
+        names, kind = [clip_name1, clip_name2], comfy.sd.CLIPType.FLUX
+        return _load(names, kind, device, on_problem, cls.hidden.unique_id)

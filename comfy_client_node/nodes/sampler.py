@@ -8,8 +8,10 @@ import comfy.samplers
 import nodes
 from comfy_api.latest import io
 
-from ..fallback import say
-from ..remote_sampling import Run, sample, why_not
+from ..fallback import Fallback, say
+from ..ranks_jobs import RanksFailed
+from ..remote_sampling import sample
+from ..whole_runs import Run, why_not
 
 
 class KSampler(io.ComfyNode):
@@ -76,6 +78,11 @@ class KSampler(io.ComfyNode):
                     optional=True,
                     tooltip="A shared VAE: the picture comes out as well, decoded by the ranks.",
                 ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Shared with the daemon, as by XDiT Share, before it samples.",
+                ),
             ],
             outputs=[io.Latent.Output(), io.Image.Output()],
             hidden=[io.Hidden.unique_id],
@@ -95,16 +102,24 @@ class KSampler(io.ComfyNode):
         latent_image: Any,
         denoise: float,
         vae: Any = None,
+        clip: Any = None,
     ) -> io.NodeOutput:
         """Sample there, or here."""
+        node = cls.hidden.unique_id
         run = Run(
             *(model, positive, negative, latent_image, seed, steps, cfg),
             *(sampler_name, scheduler, denoise),
         )
         if (reason := why_not(run)) is None:
-            say(cls.hidden.unique_id, "all steps run in the daemon")
-            return io.NodeOutput(*sample(run, vae))
-        say(cls.hidden.unique_id, f"ComfyUI samples, because {reason}")
+            say(node, "all steps run in the daemon")
+            try:
+                return io.NodeOutput(*sample(run, vae, clip))
+            except RanksFailed as error:
+                if (fallback := Fallback.of(model)) is None:
+                    raise
+                model = fallback.model_here(model, error)
+                reason = f"the daemon did not: {error}"
+        say(node, f"ComfyUI samples, because {reason}")
         (latent,) = nodes.common_ksampler(
             *(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image),
             denoise=denoise,

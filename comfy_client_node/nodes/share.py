@@ -6,8 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...protocol.errors import SidecarError
-from ..link import explain, link
+from ..fallback import STOP
+from ..link import link
+from ..local_loading import on_problem_input, shared_or_local
 from ..sharing import share_clip, share_vae
 
 
@@ -28,22 +29,27 @@ class Share(io.ComfyNode):
             inputs=[
                 io.Vae.Input("vae", optional=True, tooltip="A FLUX.1 VAE from any loader."),
                 io.Clip.Input("clip", optional=True, tooltip="CLIP-L and T5 from any loader."),
+                on_problem_input(),
             ],
             outputs=[io.Vae.Output(), io.Clip.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
         """A restarted daemon has to be given the weights again."""
-        return link().epoch()
+        return link().kept_epoch()
 
     @classmethod
-    def execute(cls, vae: Any = None, clip: Any = None) -> io.NodeOutput:
+    def execute(cls, vae: Any = None, clip: Any = None, on_problem: str = STOP) -> io.NodeOutput:
         """The same objects, their weights in regions."""
-        try:
-            return io.NodeOutput(
+
+        def share() -> tuple[Any, Any]:
+            return (
                 None if vae is None else share_vae(link(), vae),
                 None if clip is None else share_clip(link(), clip),
             )
-        except SidecarError as error:
-            raise RuntimeError(explain(error)) from None
+
+        return io.NodeOutput(
+            *shared_or_local(share, lambda: (vae, clip), on_problem, cls.hidden.unique_id)
+        )

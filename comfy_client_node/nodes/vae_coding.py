@@ -7,8 +7,16 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...protocol import messages as m
-from ..link import link
+from ...protocol.errors import SidecarError
+from ..link import Link, explain, link
 from ..remote_sampling import run_vae
+
+
+def _link() -> Link:
+    try:
+        return link()
+    except SidecarError as error:
+        raise RuntimeError(explain(error)) from None
 
 
 def _vae_input() -> Any:
@@ -34,7 +42,7 @@ class VAEDecode(io.ComfyNode):
     @classmethod
     def execute(cls, samples: Any, vae: Any) -> io.NodeOutput:
         """Pictures of the latents."""
-        return io.NodeOutput(run_vae(link(), vae, m.Decode, "latent", samples["samples"]))
+        return io.NodeOutput(run_vae(_link(), vae, m.Decode, "latent", samples["samples"]))
 
 
 class VAEEncode(io.ComfyNode):
@@ -56,5 +64,5 @@ class VAEEncode(io.ComfyNode):
     def execute(cls, pixels: Any, vae: Any) -> io.NodeOutput:
         """Latents of the pictures."""
         pictures = pixels[:, :, :, :3]
-        latent = run_vae(link(), vae, m.Encode, "image", pictures.float())
+        latent = run_vae(_link(), vae, m.Encode, "image", pictures.float())
         return io.NodeOutput({"samples": latent})

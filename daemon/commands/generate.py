@@ -6,6 +6,7 @@ import json as jsons
 import secrets
 import time
 from collections.abc import Mapping
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -18,7 +19,7 @@ from rich.progress import Progress
 from ...protocol import messages as m
 from ...protocol.client.client import Client
 from ...protocol.client.remote import RemoteRanks
-from ...protocol.errors import BadFile, BadJob, MissingComponent, RanksUnavailable
+from ...protocol.errors import NO_RANKS, BadFile, BadJob, MissingComponent, RanksUnavailable
 from ..models.parts import CLIP_L, LORA, T5, TRANSFORMER, VAE
 from ..tokenizers import Tokenizers
 from .console import make_console
@@ -153,9 +154,8 @@ def generate_command(
         for path in model or []:
             held += make_resident(client, path, devices, console=console)
         loras = [
-            (found, wanted.strength)
+            ([*make_resident(client, wanted.path, devices, role=LORA, console=console)], wanted)
             for wanted in lora or []
-            for found in make_resident(client, wanted.path, devices, role=LORA, console=console)
         ]
         components = {found.role: found.attachment.component.fingerprint for found in held}
         job = m.Generate(
@@ -175,7 +175,7 @@ def generate_command(
         )
         remote.wait_until_ready()
         image = _run(remote, job, tokens, console)
-        for found in [*held, *(found for found, _ in loras)]:
+        for found in chain(held, *(copies for copies, _ in loras)):
             found.attachment.release()
     about = {
         **{"prompt": prompt, "negative": negative, "seed": seed, "steps": steps, "cfg": cfg},
@@ -230,8 +230,12 @@ def _complete(client: Client, components: dict[str, str]) -> dict[str, str]:
     return {role: components[role] for role in _NEEDED}
 
 
-def _adapters(loras: list[tuple[Resident, float]]) -> list[m.Adapter]:
-    strengths = {r.attachment.component.fingerprint: strength for r, strength in loras}
+def _adapters(loras: list[tuple[list[Resident], Lora]]) -> list[m.Adapter]:
+    """Of each file's copies on all devices; a file that is named twice works twice."""
+    strengths: dict[str, float] = {}
+    for copies, wanted in loras:
+        for fingerprint in {copy.attachment.component.fingerprint for copy in copies}:
+            strengths[fingerprint] = strengths.get(fingerprint, 0.0) + wanted.strength
     return [m.Adapter(fingerprint, strength) for fingerprint, strength in strengths.items()]
 
 
@@ -252,9 +256,7 @@ def _check_names(sampler: str, scheduler: str) -> None:
 
 def _check_ranks(status: m.Status, degrees: m.Degrees | None) -> None:
     if status.group is None:
-        raise RanksUnavailable(
-            "this daemon has no ranks: start it with `xdit-sidecar serve --ranks N`"
-        )
+        raise RanksUnavailable(NO_RANKS)
     if status.group.state == "degraded":
         raise RanksUnavailable(f"the ranks were given up: {status.group.error}")
     ranks = len(status.ranks)

@@ -11,8 +11,8 @@ def main() -> int:
         import typer  # noqa: F401
     except ModuleNotFoundError:
         print(
-            "the commands need the daemon's packages: pip install 'xdit-sidecar[daemon]' "
-            "(in an environment of its own, not in ComfyUI's)",
+            "the commands need the daemon's packages: pip install '.[daemon]' in a clone of the "
+            "repository (with the pip of an environment of its own, not ComfyUI's)",
             file=sys.stderr,
         )
         return 2

@@ -30,7 +30,7 @@ from .options import Json
 
 _TORCH = "torch"  # ComfyUI's Python has it
 _SELF = "xdit-sidecar"
-_SERVE = "xdit-sidecar serve --ranks N"
+_SERVE = "xdit-sidecar serve"
 _SOMEBODY = "PYTHON"  # in a command, where ComfyUI's Python is not known
 
 node = typer.Typer(name="node", help="The node pack in a ComfyUI.", no_args_is_help=True)

@@ -34,7 +34,12 @@ def serve_command(
         ),
     ] = None,
     ranks: Annotated[
-        str | None, _flag("NUMBER", "Rank processes to keep, 64 at most. [default: 0]")
+        str | None,
+        _flag(
+            "auto|NUMBER",
+            "Rank processes to keep; auto: one for each GPU, or one without a GPU. 0: components "
+            "are shared and nothing is computed. [default: auto]",
+        ),
     ] = None,
     spare_ranks: Annotated[
         bool | None,

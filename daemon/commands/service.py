@@ -16,6 +16,7 @@ from ..unit_files import UNIT, UnitFile, command_words, system_files, user_files
 
 _BOOTED = Path("/run/systemd/system")  # exists where systemd is process 1
 _HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
+_CUDA = 'device = "cuda" on a machine with GPUs, so that it waits for a driver that is not up yet'
 
 service = typer.Typer(name="service", help="Run the daemon under systemd.", no_args_is_help=True)
 
@@ -170,10 +171,14 @@ def _next_steps(system: bool) -> list[str]:
     if system:
         return [
             "systemd-sysusers && systemd-tmpfiles --create",
-            "xdit-sidecar config --example > /etc/xdit-sidecar/config.toml   # then name trust-uid",
+            "xdit-sidecar config --example > /etc/xdit-sidecar/config.toml",
+            f"edit it: trust-uid, who may use it; {_CUDA}",
             "systemctl daemon-reload && systemctl enable --now xdit-sidecar",
         ]
     return [
+        "mkdir -p ~/.config/xdit-sidecar",
+        "xdit-sidecar config --example > ~/.config/xdit-sidecar/config.toml",
+        f"edit it: {_CUDA}",
         "systemctl --user daemon-reload && systemctl --user enable --now xdit-sidecar",
         "loginctl enable-linger   # so that it also runs while you are not logged in",
     ]

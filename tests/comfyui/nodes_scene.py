@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class NodesScene:
 
     daemon: DaemonProcess
     server: ComfyServer
+    expected: dict[str, torch.Tensor] = field(default_factory=dict)  # by stock workflows
 
     def latent(self, workflow: workflows.Workflow, name: str) -> torch.Tensor:
         """What the workflow saved as ``name``."""

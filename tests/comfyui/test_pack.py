@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import project
 import pytest
-from comfyui import packs, tiny_checkpoints
-from comfyui.nodes_scene import LOADER
+import torch
+from comfyui import packs, tiny_checkpoints, workflows
+from comfyui.nodes_scene import CHECKPOINT, LOADER, LOCAL, behind_share
 from comfyui.server import ComfyServer, WorkflowFailed
+from comfyui.workflows import STOCK, WHOLE_CHECKPOINT, Settings
 from comfyui_checkout import comfyui
 from daemon_process import running_daemon
 from xdit_sidecar.daemon.commands.app import run
@@ -168,7 +171,8 @@ def test_help_is_served(server: ComfyServer, described: dict[str, Any], name: st
             assert re.search(rf"(\*\*|`){key}(\*\*|`)", pages[language]), (path, key)
         for output in described[name]["output_name"]:
             assert output in pages[language], (path, output)
-        assert "xdit-sidecar serve --ranks N" in pages[language]
+        assert "`pip install '.[daemon]'`" in pages[language]
+        assert "`xdit-sidecar serve`" in pages[language]
     assert pages["en"].startswith(f"# {described[name]['display_name']}\n")
     assert pages["zh"].startswith(f"# {chinese_names['display_name']}\n")
     assert pages["en"].count("\n## ") == pages["zh"].count("\n## ") == 5
@@ -190,8 +194,8 @@ def test_log_tells_how_to_get_a_daemon(server: ComfyServer) -> None:
 
 def assert_helps(text: str) -> None:
     assert "in an environment of its own" in text
-    assert "pip install 'xdit-sidecar[daemon]'" in text
-    assert "xdit-sidecar serve --ranks N" in text
+    assert "`pip install '.[daemon]'` in a clone" in text
+    assert "`xdit-sidecar serve`" in text
 
 
 LOADERS = {
@@ -223,6 +227,53 @@ def test_loaders_tell_how_to_get_a_daemon(
     assert_helps(str(caught.value))
 
 
+HERE = {"on_problem": "load in ComfyUI"}
+LOCALLY = {"on_problem": "sample locally"}
+WITHOUT_DAEMON = {
+    "parts": replace(
+        LOCAL,
+        vae="XDiTLoadVAE",
+        vae_inputs={**STOCK.vae_inputs, **HERE},
+        clip="XDiTLoadDualCLIP",
+        clip_inputs={**LOADERS["XDiTLoadDualCLIP"], **HERE},
+    ),
+    "checkpoint": replace(
+        CHECKPOINT, checkpoint_inputs={**CHECKPOINT.checkpoint_inputs, **LOCALLY}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_DAEMON)
+def test_loaders_do_without_a_daemon_where_that_is_set(server: ComfyServer, name: str) -> None:
+    """What comes out is the stock loaders', to the bit, and each node warns."""
+    nodes, settings = WITHOUT_DAEMON[name], Settings(prompt=f"alone {name}")
+    stock = WHOLE_CHECKPOINT if nodes.checkpoint else STOCK
+    server.run(workflows.text_to_image(stock, settings, save="stock"))
+    workflow = workflows.text_to_image(nodes, settings, save="ours")
+    loaders = {key for key, node in workflow.items() if node["class_type"].startswith("XDiT")}
+    with server.listen() as listener:
+        server.run(workflow, listener)
+        told = {event.data["node"]: event.data["text"] for event in listener.named("text")}
+    assert told.keys() == loaders
+    assert all("no xdit-sidecar daemon answers" in text for text in told.values())
+    for part in ("", "-image"):
+        ours, expected = (server.tensors(f"{save}{part}") for save in ("ours", "stock"))
+        assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+def test_share_does_without_a_daemon_where_that_is_set(server: ComfyServer) -> None:
+    workflow = behind_share(workflows.coding(STOCK, Settings(prompt="share"), save="ours"))
+    with pytest.raises(WorkflowFailed, match="no xdit-sidecar daemon answers") as caught:
+        server.run(workflow)
+    assert_helps(str(caught.value))
+    workflow["share"]["inputs"] |= HERE
+    server.run(workflow)
+    workflow = workflows.encode_only(
+        replace(STOCK, clip="XDiTLoadCLIP", clip_inputs={**LOADERS["XDiTLoadCLIP"], **HERE})
+    )
+    server.run(workflow)
+
+
 def test_status_tells_how_to_get_a_daemon(server: ComfyServer) -> None:
     begin = time.monotonic()
     entry = server.run({"status": {"class_type": "XDiTStatus", "inputs": {}}})
@@ -248,7 +299,7 @@ def test_loader_tells_that_the_daemon_has_no_ranks(tmp_path: Path) -> None:
         )
         with server:
             assert f"xDiT: the daemon's sockets are in {daemon.runtime_dir}" in server.log
-            with pytest.raises(WorkflowFailed, match=r"has no ranks.*serve --ranks N"):
+            with pytest.raises(WorkflowFailed, match=r"has no ranks.*xdit-sidecar serve"):
                 server.run(workflow)
 
 
@@ -394,7 +445,7 @@ def test_registry_configuration(tmp_path: Path) -> None:
     assert "comfyui" not in found["project"]["name"]
     assert found["project"]["supported_os"] == ["POSIX :: Linux"]
     assert found["project"]["supported_accelerators"] == ["GPU :: NVIDIA CUDA"]
-    assert found["project"]["supported_comfyui_version"] == ">=0.3.64"
+    assert found["project"]["supported_comfyui_version"] == ">=0.3.75"
     assert found["tool_comfy"]["publisher_id"] == "xdit-sidecar"
     assert found["tool_comfy"]["display_name"] == "xDiT Sidecar"
     # Served once, by WEB_DIRECTORY.

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import signal
-import socket
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from comfyui import packs, tiny_checkpoints, workflows
+from comfyui import tiny_checkpoints, workflows
+from comfyui.cases import ALL_THERE, HERE
 from comfyui.listener import Event
-from comfyui.nodes_scene import LOCAL, QUICK, REMOTE, SHARED, NodesScene, running_nodes
-from comfyui.server import ComfyServer, WorkflowFailed, WorkflowInterrupted
+from comfyui.nodes_scene import (
+    LOCAL,
+    QUICK,
+    REMOTE,
+    NodesScene,
+    running_nodes,
+    sampling,
+)
+from comfyui.server import WorkflowFailed, WorkflowInterrupted
 from comfyui.workflows import STOCK, Nodes, Workflow
-from xdit_sidecar.protocol import codec
-from xdit_sidecar.protocol import messages as m
-from xdit_sidecar.protocol.endpoints import Endpoints
+from safetensors.torch import load_file, save_file
 from xdit_sidecar.protocol.version import (
     PROTOCOL_VERSION,
-    ProtocolVersion,
-    encode_preamble,
-    explain_mismatch,
 )
 
 pytestmark = pytest.mark.timeout(240)
@@ -105,6 +103,38 @@ def hooked(nodes: Nodes) -> Workflow:
     return workflow
 
 
+def with_lora(file: str) -> Callable[[Nodes], Workflow]:
+    settings = replace(QUICK, seed=80, cfg=2.0, loras=[(file, 0.8)])
+    return lambda nodes: workflows.text_to_image(nodes, settings, save="refused", picture=False)
+
+
+def conditioned(what: str) -> Callable[[Nodes], Workflow]:
+    """A stock workflow with a reference, and more said in its conditioning."""
+
+    def build(nodes: Nodes) -> Workflow:
+        settings = replace(QUICK, seed=80)
+        workflow = workflows.kontext(nodes, settings, save="refused", picture=False)
+        given = workflow["sampler"]["inputs"]["positive"]
+        inputs = {"conditioning": given, "what": what}
+        workflow["said"] = {"class_type": "TestSetCondition", "inputs": inputs}
+        workflow["sampler"]["inputs"]["positive"] = ["said", 0]
+        return workflow
+
+    return build
+
+
+def laden(nodes: Nodes) -> Workflow:
+    """A patch that cannot be remote, behind all else that nodes add to a model."""
+    workflow = on_model(nodes, "TomePatchModel", ratio=0.3)
+    what = "apply_model, predict_noise, sampler_sample, injection, callback, weight wrapper"
+    workflow["more"] = {
+        "class_type": "TestAddToModel",
+        "inputs": {"model": ["model", 0], "what": what},
+    }
+    workflow["between"]["inputs"]["model"] = ["more", 0]
+    return workflow
+
+
 def skipping(nodes: Nodes) -> Workflow:
     return on_model(
         nodes,
@@ -131,6 +161,24 @@ IMPOSSIBLE: dict[str, tuple[Callable[[Nodes], Workflow], str]] = {
         lambda nodes: on_model(nodes, "TomePatchModel", ratio=0.3),
         "patches of attention",
     ),
+    "all kinds": (laden, "patches of attention"),
+    "weight wrapper": (
+        lambda nodes: on_model(nodes, "TestAddToModel", what="weight wrapper"),
+        "functions that change weights",
+    ),
+    "compiled": (
+        # In ComfyUI the same is sampled without being compiled.
+        lambda nodes: (
+            base(nodes)
+            if nodes is STOCK
+            else on_model(nodes, "TorchCompileModel", backend="inductor")
+        ),
+        r"compiling the diffusion model \(TorchCompileModel\)",
+    ),
+    "LoKr": (with_lora(tiny_checkpoints.LORA_LOKR), "another kind than LoRA .lokr"),
+    "DoRA": (with_lora(tiny_checkpoints.LORA_DORA), "DoRA"),
+    "method of references": (conditioned("method"), "index_timestep_zero"),
+    "unknown argument": (conditioned("argument"), "the argument test_argument"),
 }
 
 
@@ -143,6 +191,8 @@ def test_before_sampling(scene: NodesScene, name: str) -> None:
         assert not list(filter(samples, listener.events))
     assert failure.value.node_id == "sampler"
     assert "sample locally" in str(failure.value)  # what to do
+    with pytest.raises(WorkflowFailed, match=f"cannot do this: .*{text}"):
+        scene.server.run(sampling(build(REMOTE)))
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
@@ -156,6 +206,8 @@ def test_sampled_locally(scene: NodesScene, name: str) -> None:
     assert torch.equal(scene.server.tensors("refused")["samples"], expected)
     assert re.search(f"samples in ComfyUI, because .*{text}", scene.server.log[known:])
     assert [t for t in told if t["node"] == "model" and re.search(text, t["text"])]
+    # With our sampler, too.
+    assert torch.equal(scene.latent(sampling(build(LOCAL)), "refused"), expected)
     # And the same model without that is remote again.
     plain = scene.latent(base(STOCK, seed=81), "refused")
     assert (scene.latent(base(LOCAL, seed=81), "refused") - plain).abs().max() < 1e-4
@@ -178,18 +230,85 @@ def test_guider_without_a_negative_condition(scene: NodesScene, patched: bool) -
     assert (scene.latent(guided(LOCAL), "refused") - expected).abs().max() < 1e-4
 
 
-def test_wrappers_are_called(scene: NodesScene) -> None:
-    """Not a refusal: what goes around the diffusion model works with one that is elsewhere."""
-    latents = [
-        scene.latent(build, "refused")
-        for build in (
-            base(STOCK),
-            on_model(STOCK, "TestWrapDiffusionModel"),
-            on_model(REMOTE, "TestWrapDiffusionModel"),
+#: Not refusals: what goes around the diffusion model works with one that is elsewhere.
+AROUND: dict[str, Callable[[Nodes], Workflow]] = {
+    "arguments": lambda nodes: on_model(nodes, "TestWrapDiffusionModel"),
+    "v prediction": lambda nodes: on_model(
+        nodes, "ModelSamplingDiscrete", sampling="v_prediction", zsnr=False
+    ),
+    "timesteps": lambda nodes: on_model(nodes, "ModelSamplingSD3", shift=3.0),
+    "shift": lambda nodes: on_model(
+        nodes, "ModelSamplingFlux", max_shift=1.15, base_shift=0.5, width=256, height=256
+    ),
+    **{
+        what: partial(on_model, class_type="TestAddToModel", what=what)
+        for what in (
+            *("diffusion_model", "apply_model", "predict_noise", "sampler_sample"),
+            *("calc_cond_batch", "outer_sample", "injection", "callback"),
         )
-    ]
-    assert (latents[0] - latents[1]).abs().max() > 0.01
-    assert (latents[1] - latents[2]).abs().max() < 1e-4
+    },
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_around_the_model(scene: NodesScene, name: str) -> None:
+    build = AROUND[name]
+    plain, stock, ours = (
+        scene.latent(workflow, "refused") for workflow in (base(STOCK), build(STOCK), build(REMOTE))
+    )
+    assert (plain - stock).abs().max() > 0.01
+    assert (ours - stock).abs().max() < 1e-4
+    with scene.server.listen() as listener:
+        scene.server.run(sampling(build(REMOTE)), listener)
+        told = [e.data["text"] for e in listener.named("text") if e.data["node"] == "sampler"]
+    assert (scene.server.tensors("refused")["samples"] - stock).abs().max() < 1e-4
+    whole = name == "shift"  # other noise levels, and nothing else
+    assert [text.startswith(ALL_THERE if whole else HERE) for text in told] == [True]
+
+
+@pytest.mark.parametrize("part", ["forward", "forward_orig", "double_blocks"])
+def test_parts_cannot_be_replaced(scene: NodesScene, part: str) -> None:
+    text = f"XDiT UNet Loader.*whatever sets its {part}"
+    with pytest.raises(WorkflowFailed, match=text) as failure:
+        scene.server.run(on_model(REMOTE, "TestReplacePart", name=part))
+    assert failure.value.node_id == "between"
+
+
+def test_layers_that_are_looked_for(scene: NodesScene) -> None:
+    """Who takes an AttributeError for an answer does not go on without the layer."""
+    with pytest.raises(WorkflowFailed, match=r"XDiT UNet Loader.*reads its double_blocks"):
+        scene.server.run(on_model(REMOTE, "TestBypassLayer"))
+
+
+def incomplete(scene: NodesScene) -> dict[str, object]:
+    """A file that ComfyUI takes and the ranks do not."""
+    models = scene.server.base / "models" / "diffusion_models"
+    tensors = load_file(models / tiny_checkpoints.DIFFUSION_MODEL)
+    save_file(
+        {**tensors, "double_blocks.0.more.weight": torch.ones(4, 4)}, models / "more.safetensors"
+    )
+    return {"unet_name": "more.safetensors"}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("what", "text"), [("degrees", "ulysses4 needs 4 ranks"), ("file", "more.safetensors")]
+)
+def test_what_only_the_ranks_refuse(scene: NodesScene, what: str, text: str, whole: bool) -> None:
+    """Told when the first step is asked for; the loader's setting counts all the same."""
+    inputs = {"ulysses": "4"} if what == "degrees" else incomplete(scene)
+
+    def build(nodes: Nodes) -> Workflow:
+        workflow = base(replace(nodes, model_inputs={**nodes.model_inputs, **inputs}), seed=86)
+        return sampling(workflow) if whole else workflow
+
+    with pytest.raises(WorkflowFailed, match=text) as failure:
+        scene.server.run(build(REMOTE))
+    assert failure.value.node_id == "sampler"
+    expected = scene.latent(base(STOCK, seed=86), "refused")
+    known = len(scene.server.log)
+    assert torch.equal(scene.latent(build(LOCAL), "refused"), expected)
+    assert re.search(f"samples in ComfyUI, because the daemon.*{text}", scene.server.log[known:])
 
 
 def readers() -> dict[str, dict[str, object]]:
@@ -204,7 +323,6 @@ def readers() -> dict[str, dict[str, object]]:
         },
         "ModelMergeSimple": {"model1": ["other", 0], "model2": model, "ratio": 0.5},
         "ModelMergeFlux1": {"model1": model, "model2": ["other", 0]},
-        "TorchCompileModel": {"model": model, "backend": "inductor"},
     }
 
 
@@ -227,72 +345,21 @@ def test_readers_of_weights(scene: NodesScene, name: str) -> None:
     workflow["reader"] = {"class_type": name, "inputs": inputs}
     if spec["output"]:
         workflow["sampler"]["inputs"]["model"] = ["reader", 0]
-    with pytest.raises(WorkflowFailed, match=r"(XDiT UNet Loader|cannot do this)"):
+    with pytest.raises(WorkflowFailed) as failure:
         scene.server.run(workflow)
+    if name == "ModelMergeFlux1":  # patches the remote model with the other one's weights
+        assert re.search(r"cannot do this: .* merged .*\(ModelMerge nodes\)", str(failure.value))
+        assert failure.value.node_id == "sampler"
+    else:
+        assert "the model of the 'XDiT UNet Loader' node has no weights" in str(failure.value)
+        assert failure.value.node_id == "reader"
 
 
-@contextlib.contextmanager
-def speaking(version: ProtocolVersion) -> Iterator[Path]:
-    """The runtime directory of what greets and refuses as a daemon of another version does."""
-    reason = explain_mismatch(version, PROTOCOL_VERSION)
-    assert reason is not None
-    refusal = codec.encode(m.Refused("version", reason))
-    greeting = encode_preamble(version) + len(refusal).to_bytes(4, "big") + refusal
-    with (
-        tempfile.TemporaryDirectory(prefix="xs-", dir="/tmp") as name,
-        socket.socket(socket.AF_UNIX) as listener,
-    ):
-        endpoints = Endpoints(Path(name))
-        for path in endpoints.sockets[1:]:
-            path.touch(0o600)
-        listener.bind(str(endpoints.session))
-        endpoints.session.chmod(0o600)
-        listener.listen(16)
-
-        def serve() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return  # shut down
-                with connection:
-                    connection.sendall(greeting)
-                    connection.settimeout(10)
-                    while connection.recv(4096):
-                        pass
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            yield endpoints.directory
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join()
-
-
-@pytest.mark.parametrize("version", OTHERS, ids=str)
-def test_another_version(tmp_path: Path, version: ProtocolVersion) -> None:
-    older = "daemon" if version < PROTOCOL_VERSION else "client"
-    with (
-        speaking(version) as directory,
-        ComfyServer(
-            tmp_path / "base",
-            packs={"xdit_sidecar": packs.clone()},
-            environment={"XDIT_SIDECAR_RUNTIME_DIR": str(directory)},
-        ) as server,
-    ):
-        with pytest.raises(WorkflowFailed, match=f"the {older} is too old; update the") as failure:
-            server.run(base(REMOTE))
-        assert str(version) in str(failure.value)
-        server.run(base(STOCK))
-        expected = server.tensors("refused")["samples"]
-        server.run(base(LOCAL))
-        assert torch.equal(server.tensors("refused")["samples"], expected)
-        assert re.search(rf"samples in ComfyUI: .*the {older} is too old", server.log)
-
-
-def test_interrupt_is_quick(scene: NodesScene, capsys: pytest.CaptureFixture[str]) -> None:
-    released = sorted(interrupted_after(scene, seed) for seed in range(90, 95))
+@pytest.mark.parametrize("whole", [False, True])
+def test_interrupt_is_quick(
+    scene: NodesScene, capsys: pytest.CaptureFixture[str], whole: bool
+) -> None:
+    released = sorted(interrupted_after(scene, seed, whole) for seed in range(90, 95))
     with capsys.disabled():
         times = ", ".join(f"{seconds * 1000:.0f}" for seconds in released)
         print(f"\ninterrupt: the prompt was released after {times} ms")
@@ -301,10 +368,12 @@ def test_interrupt_is_quick(scene: NodesScene, capsys: pytest.CaptureFixture[str
     assert (scene.latent(base(REMOTE, seed=84), "refused") - expected).abs().max() < 1e-4
 
 
-def interrupted_after(scene: NodesScene, seed: int) -> float:
+def interrupted_after(scene: NodesScene, seed: int, whole: bool) -> float:
     """Seconds from the press of the button to the end of the prompt."""
     settings = replace(QUICK, steps=2000, seed=seed)
     workflow = workflows.text_to_image(REMOTE, settings, picture=False)
+    if whole:
+        workflow = sampling(workflow)
     with scene.server.listen() as listener:
         prompt = scene.server.queue(workflow, listener.client_id)
         listener.wait_for(samples)
@@ -314,43 +383,3 @@ def interrupted_after(scene: NodesScene, seed: int) -> float:
         with pytest.raises(WorkflowInterrupted):
             scene.server.wait(prompt)
     return released
-
-
-def test_daemon_killed_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with running_nodes(tmp_path / "scene", 1) as scene:
-        coding = workflows.coding(SHARED, QUICK, save="coded")
-        scene.server.run(coding)
-        before = scene.server.tensors("coded-latent-image")["images"]
-        workflow = workflows.text_to_image(SHARED, replace(QUICK, steps=2000), picture=False)
-        with scene.server.listen() as listener:
-            prompt = scene.server.queue(workflow, listener.client_id)
-            listener.wait_for(samples)
-            killed = time.monotonic()
-            os.kill(scene.daemon.pid, signal.SIGKILL)
-            failed = listener.wait_until_done(prompt).at - killed
-            with pytest.raises(WorkflowFailed):
-                scene.server.wait(prompt)
-        with capsys.disabled():
-            print(f"\ndaemon killed: the prompt failed after {failed * 1000:.0f} ms")
-        assert failed < 3 * GUARD
-        assert scene.daemon.process is not None
-        scene.daemon.process.wait(10)
-        scene.daemon.start()
-        scene.daemon.wait_for_status(lambda s: s.group.state == "ready", 90)
-        # The next prompt shares again, and there is one copy.
-        again = workflows.coding(SHARED, replace(QUICK, prompt="again"), save="coded")
-        scene.server.run(again)
-        assert torch.equal(scene.server.tensors("coded-latent-image")["images"], before)
-        status = scene.daemon.wait_for_status(lambda _: True)
-        assert sorted(c.role for c in status.components) == ["clip_l", "t5", "vae"]
-        assert all(c.state == "resident" and c.sessions for c in status.components)
-        deadline = time.monotonic() + 30
-        while regions_of(scene.server.pid) != 3:  # the old ones go with the next collection
-            assert time.monotonic() < deadline, regions_of(scene.server.pid)
-            time.sleep(0.2)
-
-
-def regions_of(pid: int) -> int:
-    """How many regions a process has mapped."""
-    with open(f"/proc/{pid}/maps", encoding="utf-8") as lines:
-        return len({line.split()[4] for line in lines if "xdit-sidecar" in line})

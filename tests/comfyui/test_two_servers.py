@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfyui import workflows
 from comfyui.listener import Event
-from comfyui.nodes_scene import QUICK, SHARED, NodesScene, comfy_of, running_nodes
+from comfyui.nodes_scene import CODED, QUICK, SHARED, NodesScene, comfy_of, running_nodes
 from comfyui.server import ComfyServer
 from comfyui.workflows import Settings
 
@@ -94,7 +94,9 @@ def assert_fair(first: list[float], second: list[float]) -> None:
 
 
 def assert_one_copy(scene: NodesScene, other: ComfyServer) -> None:
-    """Each component is resident once, and both processes map those very pages."""
+    """Each component is resident once, and all processes map those very pages."""
+    # So that the ranks have the VAE, too.
+    scene.server.run(workflows.coding(CODED, QUICK, save="coded"))
     status = scene.daemon.wait_for_status(lambda _: True)
     roles = [component.role for component in status.components]
     assert sorted(roles) == ["clip_l", "t5", "transformer", "vae"]
@@ -102,7 +104,14 @@ def assert_one_copy(scene: NodesScene, other: ComfyServer) -> None:
     for component in status.components:
         holders = {pids[session] for session in component.sessions}
         assert {scene.server.pid, other.pid} <= holders
-    assert inodes(scene.server.pid) == inodes(other.pid)
+    both = inodes(scene.server.pid)
+    assert len(both) == len(status.components)
+    assert inodes(other.pid) == both
+    assert len(status.ranks) == 2
+    for rank in status.ranks:
+        found = inodes(rank.pid)
+        assert len(found) >= 2  # the transformer, the VAE
+        assert found <= both
 
 
 def inodes(pid: int) -> set[str]:

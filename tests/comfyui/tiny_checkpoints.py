@@ -50,11 +50,15 @@ T5XXL = "tiny-t5xxl.safetensors"
 AUTOENCODER = "tiny-ae.safetensors"  # fp32
 LORA = "tiny-lora.safetensors"  # with kohya's names, as the next
 LORA_OTHER = "tiny-lora-other.safetensors"
+LORA_DIFFUSERS = "tiny-lora-diffusers.safetensors"  # with diffusers' names: q, k and v apart
+LORA_LOKR = "tiny-lokr.safetensors"  # no low-rank pairs, as the next
+LORA_DORA = "tiny-dora.safetensors"
 LORA_TEXT = "tiny-lora-text.safetensors"  # for the transformer and both text encoders
 CHECKPOINT = "tiny-checkpoint.safetensors"  # all four parts, the same weights
 CHECKPOINT_OTHER = "tiny-checkpoint-other.safetensors"  # the same sizes, other weights
 PICTURE = "tiny-picture.png"  # 256 × 256, in the input folder
 PICTURE_OTHER = "tiny-picture-other.png"  # 192 × 256
+PICTURE_ODD = "tiny-picture-odd.png"  # 208 × 144: 13 × 9 tokens
 
 Files = dict[str, dict[str, torch.Tensor]]
 
@@ -94,6 +98,7 @@ def _write(base: Path) -> None:
     (base / "input").mkdir()
     _picture(0, 256, 256).save(base / "input" / PICTURE)
     _picture(1, 192, 256).save(base / "input" / PICTURE_OTHER)
+    _picture(2, 208, 144).save(base / "input" / PICTURE_ODD)
 
 
 def _contents() -> Files:
@@ -110,6 +115,9 @@ def _contents() -> Files:
         f"vae/{AUTOENCODER}": vae,
         f"loras/{LORA}": lora_files.kohya(FLUX_SIZES, seed=5),
         f"loras/{LORA_OTHER}": lora_files.kohya(FLUX_SIZES, seed=6),
+        f"loras/{LORA_DIFFUSERS}": lora_files.diffusers(FLUX_SIZES, seed=9),
+        f"loras/{LORA_LOKR}": lora_files.lokr(FLUX_SIZES, seed=10),
+        f"loras/{LORA_DORA}": lora_files.dora(FLUX_SIZES, seed=11),
         f"loras/{LORA_TEXT}": lora,
         f"checkpoints/{CHECKPOINT}": _whole(parts),
         f"checkpoints/{CHECKPOINT_OTHER}": _whole(others),

@@ -21,13 +21,16 @@ import pytest
 import torch
 import typer
 from command_scene import evict_all
+from daemon_process import running_daemon
 from digits.files import MODELS, TOKENIZERS
+from digits_scene import reader
 from documented_commands import BY_FIXTURE, COMMANDS, PROGRAMS, NotRun, Run
 from documents import Command
 from flux_files import DEV
 from picture_scene import Pipeline
+from PIL import Image
 from ranks.components.component_files import T5
-from ranks_scene import RanksScene, running_ranks
+from ranks_scene import RanksScene
 from xdit_sidecar.daemon.commands import service as service_module
 from xdit_sidecar.daemon.commands.app import app, run
 from xdit_sidecar.protocol.endpoints import RUNTIME_DIR_VARIABLE
@@ -74,12 +77,12 @@ def check_words(words: list[str]) -> None:
 
 def make_targets() -> set[str]:
     text = documents.read("Makefile")
-    return set(re.findall(r"^([a-z]+):(?!=)", text, re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):(?!=)", text, re.MULTILINE))
 
 
 def check_make(words: list[str]) -> None:
     """Targets exist. AssertionError."""
-    targets = [word for word in words if re.fullmatch(r"[a-z]+", word)]
+    targets = [word for word in words if re.fullmatch(r"[a-z][a-z-]*", word)]
     unknown = set(targets) - make_targets()
     assert not unknown, f"the Makefile has no target {', '.join(sorted(unknown))}"
 
@@ -134,8 +137,10 @@ def test_a_command_that_is_not_there_is_noticed(words: list[str]) -> None:
 
 
 def test_a_target_that_is_not_there_is_noticed() -> None:
-    with pytest.raises(AssertionError, match="no target everything"):
-        check_make(["everything"])
+    check_make(["bench-gpu"])
+    for target in ("everything", "bench-cpu"):
+        with pytest.raises(AssertionError, match=f"no target {target}"):
+            check_make([target])
 
 
 def test_the_table_has_nothing_that_no_document_has() -> None:
@@ -149,12 +154,14 @@ def test_the_table_has_nothing_that_no_document_has() -> None:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RanksScene]:
-    """The daemon, started as the readme says."""
-    (serve,) = [c for c in documents.commands("README.md") if treatment(c) is BY_FIXTURE]
-    _, option, ranks = serve.arguments
-    assert option == "--ranks"
+    """The daemon, started as the documents say, without a word about ranks."""
+    started = [c for page in PAGES for c in documents.commands(page) if treatment(c) is BY_FIXTURE]
+    assert {tuple(c.arguments) for c in started} == {("serve",), ("serve", "--device", "cpu")}
     directory = tmp_path_factory.mktemp("docs-scene")
-    with running_ranks(directory, int(ranks), "--no-spare-ranks") as running:
+    with running_daemon(directory, environment={"XDIT_SIDECAR_RANKS": ""}) as daemon:
+        running = RanksScene(daemon, directory)
+        running.wait_until_ready()
+        assert len(running.status.ranks) == 1
         yield running
 
 
@@ -179,6 +186,7 @@ def home(tmp_path: Path, files: Path, scene: RanksScene, monkeypatch: pytest.Mon
         (comfy / name).mkdir(parents=True)
     for name in ("main.py", "nodes.py"):
         (comfy / name).touch()
+    (tmp_path / "models").symlink_to(MODELS)
     tokenizers = MODELS / TOKENIZERS
     (comfy / "comfy/sd1_tokenizer").symlink_to(tokenizers / "clip_l")
     (comfy / "comfy/text_encoders/t5_tokenizer").symlink_to(tokenizers / "t5")
@@ -196,6 +204,15 @@ def home(tmp_path: Path, files: Path, scene: RanksScene, monkeypatch: pytest.Mon
     monkeypatch.setattr(service_module, "_BOOTED", booted)
     evict_all(scene.daemon)
     return tmp_path
+
+
+def read_picture(path: Path) -> int:
+    """The digit on it."""
+    with Image.open(path) as image:
+        size, data = image.size, image.convert("RGB").tobytes()
+    pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(1, size[1], size[0], 3)
+    (digit,) = reader().read(pixels / 255)
+    return digit
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p != "CONTRIBUTING.md"])
@@ -225,6 +242,8 @@ def test_commands_do_what_is_said(
             ], command.text
         if key_of(command) == "xdit-sidecar config --example":
             tomllib.loads(out)
+        if "seven.png" in command.arguments:
+            assert read_picture(home / "seven.png") == 7
     assert ran, page
 
 

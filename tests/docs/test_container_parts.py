@@ -9,7 +9,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import documents
 import project
 import psutil
 import pytest
@@ -17,6 +19,7 @@ import yaml
 from daemon_process import DaemonProcess, running_daemon
 from health_command import command, health_check
 from processes import uncovered_environment
+from xdit_sidecar.daemon.commands.app import run
 from xdit_sidecar.protocol.endpoints import RUNTIME_DIR_VARIABLE
 from xdit_sidecar.protocol.errors import DaemonAbsent
 
@@ -88,7 +91,7 @@ def test_a_client_in_a_user_namespace(daemon: DaemonProcess) -> None:
 @contextlib.contextmanager
 def contained_daemon(inside: Path, log: Path) -> Iterator[None]:
     """A daemon that is process 1 of its own PID namespace and serves ``inside``."""
-    serve = command("serve", "--device", "cpu", "--runtime-dir", str(inside))
+    serve = command("serve", "--device", "cpu", "--ranks", "0", "--runtime-dir", str(inside))
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*APART, *serve], stderr=output, env=uncovered_environment(), stdin=subprocess.DEVNULL
@@ -132,14 +135,43 @@ def test_a_daemon_in_a_container(inside: Path, tmp_path: Path) -> None:
         assert "already" in done.stderr
 
 
+def compose_service() -> dict[str, Any]:
+    """ComfyUI's in the example of docs/docker.md."""
+    (block,) = documents.blocks(documents.read("docs/docker.md"), "yaml")
+    service: dict[str, Any] = yaml.safe_load(block)["services"]["comfyui"]
+    return service
+
+
 def test_the_compose_file_says_what_is_needed() -> None:
-    text = (project.ROOT / "docs/docker.md").read_text()
-    (block,) = [part.split("```")[0] for part in text.split("```yaml\n")[1:]]
-    service = yaml.safe_load(block)["services"]["comfyui"]
+    service = compose_service()
     assert (service["pid"], service["ipc"]) == ("host", "host")
     place = service["environment"][RUNTIME_DIR_VARIABLE]
     assert f"/run/user/1000/xdit-sidecar:{place}" in service["volumes"]
     assert service["user"].startswith("1000")
+
+
+def test_the_nodes_go_into_the_mounted_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the folders that docs/docker.md makes and mounts, and nothing else."""
+    make, install = [
+        c for c in documents.commands("docs/docker.md") if c.program in ("mkdir", "xdit-sidecar")
+    ][:2]
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(make.words, check=True)
+    assert run(install.arguments) == 0, capsys.readouterr()
+    mounts = dict(volume.split(":")[:2] for volume in compose_service()["volumes"])
+    made = {f"./{path.relative_to(tmp_path)}" for path in tmp_path.glob("*/*")}
+    assert made == {host for host in mounts if host.startswith("./")}
+    (nodes,) = [host for host, inside in mounts.items() if inside == "/ComfyUI/custom_nodes"]
+    assert (tmp_path / nodes / "xdit_sidecar" / "comfy_client_node").is_dir()
+
+
+def test_the_image_is_built_from_nothing_that_was_generated() -> None:
+    ignored = documents.read(".dockerignore").splitlines()
+    assert {name.removeprefix("**/") for name in ignored} >= project.GENERATED
+    kept = {path.parts[0] for path in (*project.package_files(), *project.data_files())}
+    assert not kept & set(ignored)
 
 
 def test_the_image_starts_the_daemon() -> None:

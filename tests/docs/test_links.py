@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -56,6 +57,30 @@ def test_names_of_files_in_sentences_are_right() -> None:
                     assert list(project.ROOT.glob(name)), f"{page}: {code}"
 
 
+def test_the_architecture_names_who_imports_torch() -> None:
+    text = documents.read("docs/architecture.md")
+    sentence = text[text.index("Elsewhere only these do") :].partition("Tests compare")[0]
+    free = (Path("daemon/ranks"), Path("comfy_client_node"))
+    importing = {
+        str(path)
+        for path in project.package_files()
+        if not any(folder in path.parents for folder in free)
+        and _imports_torch(ast.parse(documents.read(path)))
+    }
+    assert set(re.findall(r"`([^`]+)`", sentence)) == importing
+
+
+def _imports_torch(tree: ast.AST) -> bool:
+    """Whether code does that runs; what is for type checkers only does not."""
+    if isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING":
+        return any(_imports_torch(node) for node in tree.orelse)
+    if isinstance(tree, ast.Import):
+        return any(alias.name.split(".")[0] == "torch" for alias in tree.names)
+    if isinstance(tree, ast.ImportFrom):
+        return not tree.level and (tree.module or "").split(".")[0] == "torch"
+    return any(_imports_torch(node) for node in ast.iter_child_nodes(tree))
+
+
 def test_every_setting_is_in_operations() -> None:
     text = documents.read("docs/operations.md").partition("## Configuration")[2]
     table = text[text.index("| key |") :].partition("\n\n")[0]
@@ -72,14 +97,10 @@ def test_every_setting_is_in_operations() -> None:
 
 
 def test_the_readmes_name_every_node_as_comfyui_shows_it() -> None:
-    code = [
-        documents.read(path)
-        for path in project.files()
-        if path.parts[:2] == ("comfy_client_node", "nodes")
-    ]
-    english = re.findall(r'display_name="(.*xDi?T.*|XDiT.*)"', "\n".join(code))
-    translated = json.loads(documents.read("locales/zh/nodeDefs.json"))
-    chinese = [node["display_name"] for node in translated.values()]
+    english, chinese = (
+        [node["display_name"] for node in json.loads(documents.read(path)).values()]
+        for path in ("locales/en/nodeDefs.json", "locales/zh/nodeDefs.json")
+    )
     assert len(english) == len(chinese) == 10
     pages = documents.read("README.md"), documents.read("README.zh.md")
     assert [name for name in english if name not in pages[0] or name not in pages[1]] == []

@@ -24,6 +24,7 @@ from xdit_sidecar.protocol.component_file import ComponentFile, hand_over_file
 from xdit_sidecar.protocol.errors import BadFile
 from xdit_sidecar.protocol.regions.base import RegionMapping
 from xdit_sidecar.protocol.regions.memfd import MemfdMapping
+from xdit_sidecar.protocol.regions.views import torch_dtype
 from xdit_sidecar.protocol.safetensors_file import SafetensorsFile
 
 CHECKPOINT = {
@@ -109,6 +110,35 @@ def test_weights_are_converted_where_asked(
             del views
 
 
+def test_single_tensors_are_converted_where_asked(
+    daemon: DaemonProcess, platform: Platform, tmp_path: Path
+) -> None:
+    path = tmp_path / "t5.safetensors"
+    sources = {
+        "t5.norm": torch.randn(16),
+        "t5.scale": torch.randn(1),
+        "t5.bias": torch.randn(8).to(torch.float8_e4m3fn),
+        "t5.weight": torch.randn(4, 4),
+    }
+    save_file(sources, path)
+    wanted = {"t5.norm": "F16", "t5.bias": "BF16", "t5.weight": "F8_E4M3"}
+    with daemon.client() as client, SafetensorsFile.open(path) as opened:
+        file = ComponentFile(opened, role="t5", prefix="t5.", dtype=wanted)
+        with hand_over_file(client, file, platform.device) as attachment:
+            views = attachment.tensors()
+            for name, source in sources.items():
+                dtype = torch_dtype(wanted.get(name, "F32"))
+                assert raw(views[name.removeprefix("t5.")]) == raw(source.to(dtype))
+            del views
+        found = [
+            ComponentFile(opened, role="t5", prefix="t5.", dtype=dtype).component.fingerprint
+            for dtype in (wanted, {**wanted, "t5.norm": "BF16"}, {"t5.scale": "F32"}, None)
+        ]
+        assert found[0] == file.component.fingerprint
+        assert len(set(found)) == 3
+        assert found[2] == found[3]
+
+
 def test_a_dtype_that_changes_nothing_is_the_same_component(tmp_path: Path) -> None:
     path = tmp_path / "vae.safetensors"
     write(path)
@@ -125,6 +155,7 @@ def test_a_dtype_that_changes_nothing_is_the_same_component(tmp_path: Path) -> N
         ({"prefix": "vae."}, "no tensor whose name begins with 'vae.'"),
         ({"prefix": "first_stage_model.nothing"}, "is itself a tensor's name"),
         ({"dtype": "F8_E4M3"}, "choose from F64, F32, F16, BF16"),
+        ({"dtype": {"first_stage_model.nothing": "I64"}}, "cannot be converted to I64"),
     ],
 )
 def test_what_cannot_be_a_component(tmp_path: Path, arguments: dict[str, str], told: str) -> None:

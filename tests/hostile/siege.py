@@ -135,6 +135,7 @@ def check(
     kept = outcome.rss_after - outcome.rss_before
     assert kept <= AFTERWARDS, f"kept {kept >> 20} MiB, may keep {AFTERWARDS >> 20}"
     assert outcome.descriptors_after <= outcome.descriptors_before, "descriptors are left"
+    assert not outcome.pings_failed, f"an honest client's question failed: {outcome}"
     # In a short test one percent is less than a ping.
     assert outcome.ping_slow <= max(2, outcome.pings // 100), f"pings were slow: {outcome}"
     log = daemon.log

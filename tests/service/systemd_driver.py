@@ -77,13 +77,13 @@ def drive() -> None:
     with contextlib.suppress(ValueError):
         seen["client pid"] = str(json.loads(answer.stdout)["pid"]) == first
     # Ranks are gone from the next start on, which is then much faster.
-    CONFIG.write_text(CONFIG.read_text().replace("ranks = 2", "idle = 100"))
+    CONFIG.write_text(CONFIG.read_text().replace("ranks = 2", "ranks = 0\nidle = 100"))
     seen["reload"] = [systemctl("reload", "xdit-sidecar"), wait(active), show("MainPID") == first]
     os.kill(int(first), signal.SIGSEGV)
     seen["restarted"] = wait(lambda: replaced(first))
     second = show("MainPID")
     assert second not in ("0", first)  # 0 would be this process, too
-    os.kill(int(second), signal.SIGSTOP)
+    os.kill(int(second), signal.SIGUSR2)  # blocks the event loop, see blockable/
     began = time.monotonic()
     seen["watchdog"] = wait(lambda: show("Result") == "watchdog" or show("MainPID") != second, 60)
     seen["watchdog seconds"] = time.monotonic() - began

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from daemon_process import running_daemon
+from xdit_sidecar.daemon import config as config_module
 from xdit_sidecar.daemon.commands.app import run
 from xdit_sidecar.daemon.config import (
     KEYS,
+    Config,
     ConfigError,
     find_file,
     load_config,
+    make_settings,
     misspelt_variables,
     variable_of,
 )
+from xdit_sidecar.daemon.devices import Chosen
 from xdit_sidecar.daemon.unit_files import read_template
 from xdit_sidecar.protocol import limits
 
 # key → (text for file, environment and flag; what they come to)
 VALUES = {
     "device": (('"cpu"', "cuda", "auto"), ("cpu", "cuda", "auto")),
-    "ranks": (("1", "2", "3"), (1, 2, 3)),
+    "ranks": (('"auto"', "0", "auto"), ("auto", 0, "auto")),
     "spare-ranks": (("false", "true", "false"), (False, True, False)),
     "compile": (('"on"', "off", "auto"), ("on", "off", "auto")),
     "deadline": (("30", "31.5", "32"), (30.0, 31.5, 32.0)),
@@ -66,10 +71,10 @@ def test_the_later_source_is_the_stronger(key: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("ranks = -1", ["ranks in ", "-1", ">= 0"]),
-        ("ranks = 65", ["ranks in ", "<= 64"]),
-        ("ranks = true", ["ranks in ", "int"]),
-        ('ranks = "2"', ["ranks in ", "int"]),
+        ("ranks = -1", ["ranks in ", "-1", "auto or a number from 0 to 64"]),
+        ("ranks = 65", ["ranks in ", "auto or a number from 0 to 64"]),
+        ("ranks = true", ["ranks in ", "auto or a number"]),
+        ('ranks = "2"', ["ranks in ", "auto or a number"]),
         ("spare-ranks = 1", ["spare-ranks in ", "bool"]),
         ("deadline = 0.5", ["deadline in ", ">= 1"]),
         ("deadline = nan", ["deadline in ", ">= 1"]),
@@ -112,6 +117,29 @@ def test_an_error_names_the_variable_or_flag(
 ) -> None:
     with pytest.raises(ConfigError, match=name):
         load_config(flags, environ={"HOME": str(tmp_path), **environ})
+
+
+@pytest.mark.parametrize(
+    ("devices", "ranks", "expected"),
+    [
+        (("cpu",), "auto", 1),
+        (("GPU-0", "cpu"), "auto", 1),
+        (("GPU-0", "GPU-1", "cpu"), "auto", 2),
+        ((*(f"GPU-{number}" for number in range(70)), "cpu"), "auto", limits.RANKS),
+        (("GPU-0", "GPU-1", "cpu"), 0, 0),
+        (("GPU-0", "cpu"), 3, 3),
+    ],
+)
+def test_how_many_ranks_there_are(
+    devices: tuple[str, ...],
+    ranks: Literal["auto"] | int,
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config_module, "choose_devices", lambda wanted: Chosen(devices))
+    config = Config(ranks=ranks, runtime_dir=str(tmp_path))
+    assert make_settings(config).ranks == expected
 
 
 def test_which_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

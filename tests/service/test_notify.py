@@ -188,6 +188,8 @@ def test_a_wrong_configuration_ends_with_2_and_its_reason(tmp_path: Path) -> Non
             check=False,
         )
         assert answer.returncode == 2
-        assert answer.stderr == "xdit-sidecar: --ranks = many: Expected int, got str\n"
+        assert answer.stderr == (
+            "xdit-sidecar: --ranks = many: write auto or a number from 0 to 64\n"
+        )
         assert manager.wait_for("STATUS")["STATUS"] == "failed: " + answer.stderr[14:-1]
         assert not [message for message in manager.drain() if "READY" in message]

@@ -30,9 +30,9 @@ def reload(daemon: DaemonProcess, before: int) -> str:
 
 def test_a_reload_applies_what_it_can_and_names_the_rest(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
-    file.write_text('budget = "64MiB"\nreserve = "1MiB"\n')
+    file.write_text('budget = "64MiB"\nreserve = "1MiB"\nranks = 0\n')
     with notify_socket(tmp_path / "notify") as manager:
-        environment = {"NOTIFY_SOCKET": manager.address}
+        environment = {"NOTIFY_SOCKET": manager.address, "XDIT_SIDECAR_RANKS": ""}
         options = ("--config", str(file), "--deadline", "30")
         with running_daemon(tmp_path, *options, environment=environment) as daemon:
             first = daemon.wait_for_status(lambda s: s.devices[0].budget == 64 << 20)

@@ -23,6 +23,7 @@ SYSTEMD = Path("/lib/systemd/systemd")
 SECONDS = 300.0
 NAMESPACES = ("unshare", "--pid", "--fork", "--mount", "--cgroup")
 ACCOUNT = 1200  # of the test of the user unit; exists only inside
+DROP_IN = f"WatchdogSec=4\nEnvironment=OMP_NUM_THREADS=1 PYTHONPATH={HERE / 'blockable'}\n"
 
 
 def cgroup2() -> Path | None:
@@ -157,7 +158,7 @@ def test_the_system_unit(scene: Path) -> None:
     add_unit(
         scene,
         f"{UNIT}.d/test.conf",
-        "[Service]\nProtectHome=no\nWatchdogSec=4\nEnvironment=OMP_NUM_THREADS=1\n",
+        f"[Service]\nProtectHome=no\n{DROP_IN}",
     )
     results = scene / "results.json"
     driver = f"{sys.executable} {HERE / 'systemd_driver.py'} system {results}"
@@ -169,6 +170,9 @@ def test_the_system_unit(scene: Path) -> None:
         wanted=True,
     )
     check(boot(scene, results))
+    # Where the loop was blocked is in the log.
+    log = (scene / "log").read_text().partition("Fatal Python error: Aborted")[2]
+    assert "in block_for_good" in log
 
 
 @pytest.mark.timeout(SECONDS + 60)
@@ -178,7 +182,7 @@ def test_the_user_unit(scene: Path) -> None:
     (home / f".config/systemd/user/{UNIT}").write_text(user_files()[0].text)
     drop_in = home / f".config/systemd/user/{UNIT}.d/test.conf"
     drop_in.parent.mkdir()
-    drop_in.write_text("[Service]\nWatchdogSec=4\nEnvironment=OMP_NUM_THREADS=1\n")
+    drop_in.write_text(f"[Service]\n{DROP_IN}")
     for path in (home, *home.rglob("*")):
         os.chown(path, ACCOUNT, ACCOUNT)
     results = home / "results.json"

@@ -2,70 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-import re
-import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from daemon_process import DaemonProcess, running_daemon
+from service.terminal import on_terminal
 from xdit_sidecar.protocol.client.fill import RegionWriter
 from xdit_sidecar.protocol.manifest import TensorSpec, lay_out
 from xdit_sidecar.protocol.messages import Component
 
 
-class Terminal:
-    """What a program wrote to its terminal, without colours and cursor movements."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._text = ""
-
-    def wait_for(self, text: str, seconds: float = 20.0) -> None:
-        """Until it is shown; what was shown before it is forgotten."""
-        deadline = time.monotonic() + seconds
-        while text not in self._text:
-            left = deadline - time.monotonic()
-            assert left > 0, f"{text!r} was not shown:\n{self._text}"
-            if select.select([self._descriptor], [], [], left)[0]:
-                data = os.read(self._descriptor, 65536).decode(errors="replace")
-                self._text += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data)
-        self._text = self._text.partition(text)[2]
-
-
 def command(daemon: DaemonProcess, *options: str) -> list[str]:
     status = [sys.executable, "-m", "xdit_sidecar.daemon", "status", "--watch", "--every", "0.1"]
     return [*status, "--runtime-dir", str(daemon.runtime_dir), *options]
-
-
-@contextlib.contextmanager
-def watched(daemon: DaemonProcess) -> Iterator[tuple[subprocess.Popen[bytes], Terminal]]:
-    """The command on a terminal of 200 by 50 characters."""
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
-    process = subprocess.Popen(
-        command(daemon),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "TERM": "xterm-256color"},
-    )
-    os.close(theirs)
-    try:
-        yield process, Terminal(ours)
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
 
 
 def test_a_table_that_lives(tmp_path: Path) -> None:
@@ -75,7 +28,7 @@ def test_a_table_that_lives(tmp_path: Path) -> None:
         label="slow.file",
         tensors=lay_out([TensorSpec("weight", "U8", [4 << 20])]),
     )
-    with running_daemon(tmp_path) as daemon, watched(daemon) as (process, terminal):
+    with running_daemon(tmp_path) as daemon, on_terminal(command(daemon)) as (process, terminal):
         terminal.wait_for("Devices")
         terminal.wait_for("none")
 

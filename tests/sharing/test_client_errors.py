@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from daemon_process import DaemonProcess, running_daemon
 from xdit_sidecar.protocol import codec, limits
 from xdit_sidecar.protocol import endpoints as endpoints_module
 from xdit_sidecar.protocol.client.client import Client
+from xdit_sidecar.protocol.client.deadline import Deadline
 from xdit_sidecar.protocol.endpoints import (
     RUNTIME_DIR_VARIABLE,
     client_places,
@@ -74,6 +76,20 @@ def test_an_absent_daemon(tmp_path: Path) -> None:
     assert isinstance(error, DaemonAbsent)
     assert "xdit-sidecar serve" in str(error)
     assert str(tmp_path) in str(error)
+
+
+def test_a_session_that_has_ended_says_why(tmp_path: Path) -> None:
+    """Also to those who ask a moment too late to hear it."""
+    with running_daemon(tmp_path) as daemon, daemon.client() as client:
+        session = client.session(Deadline(5.0))
+        os.kill(daemon.pid, signal.SIGKILL)
+        assert session.lost.wait(10)
+        for channels in (session.control, session.bulk):
+            with (
+                pytest.raises(DaemonLost, match="it stopped, restarted or crashed"),
+                channels.channel(),
+            ):
+                pass
 
 
 def test_a_stale_socket_file(tmp_path: Path) -> None:

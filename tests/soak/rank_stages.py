@@ -3,51 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import tempfile
-import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-from ranks.parallel.exactness import run_soak
+import leaks
+from ranks.parallel.exactness import measure_drifts, run_soak
 from ranks.parallel.harness import Nursery
-from ranks.service import test_rank_failures as failures
+from ranks.service import deaths
+from ranks.service.phases import Clients
 from ranks.service.test_cancelling import cancel_at_random
-from ranks_scene import LARGE, RanksScene, running_ranks, some_inputs
+from ranks.service.test_growth import forward_often
+from ranks_scene import RanksScene, running_ranks
 
 FORWARDS = 10_000
 CANCELS = 1_000
-TIMES = 10  # each death, for each rank
+TIMES = 10  # each death
 SEEDS = 50
-_WINDOW = 1_000  # forwards compared at both ends
-_GROWTH = 64 << 20  # bytes that allocators may keep more
+_GROWTH = 16 << 20  # bytes that a process may grow by after a fifth of the forwards: 2 KiB each
+_DEARER = 1.2  # times the CPU seconds, at the end
 _SLOWER = 1.5  # times, on a machine that does other things as well
 
 Figures = dict[str, object]
 
 
-def forwards() -> Figures:
+def forwards(count: int = FORWARDS) -> Figures:
     """So many forwards: nothing grows, neither in time nor in memory."""
     with _scene() as scene, scene.user() as user:
-        inputs, times, memory = some_inputs(), [], []
-        for number in range(FORWARDS):
-            began = time.perf_counter()
-            user.forward(inputs)
-            times.append(time.perf_counter() - began)
-            if number in (_WINDOW, FORWARDS - 1):
-                pids = [scene.daemon.pid, *scene.rank_pids]
-                memory.append([psutil.Process(pid).memory_full_info().uss for pid in pids])
-        first, last = (statistics.median(part) for part in (times[:_WINDOW], times[-_WINDOW:]))
-        growth = [after - before for before, after in zip(*memory, strict=True)]
-        assert last < _SLOWER * first, (first, last)
-        assert max(growth) < _GROWTH, growth
+        often = forward_often(scene, user, count)
+        assert often.computed[-1] < _DEARER * often.computed[0], often
+        assert often.medians[-1] < _SLOWER * often.medians[0], often
+        assert max(often.grown.values()) < _GROWTH, often
         assert scene.starts == 1
     return {
-        "forwards": FORWARDS,
-        "median_ms_first": round(first * 1e3, 2),
-        "median_ms_last": round(last * 1e3, 2),
-        "private_bytes_grown": growth,
+        "forwards": count,
+        "median_ms": [round(median * 1e3, 2) for median in often.medians],
+        "cpu_seconds": [round(seconds, 2) for seconds in often.computed],
+        "private_bytes_grown": often.grown,
     }
 
 
@@ -58,42 +51,28 @@ def cancels() -> Figures:
     return {"cancelled": CANCELS - finished, "finished_before": finished}
 
 
-def kills() -> Figures:
-    """Each rank killed while idle and while computing, and each keeper, ten times."""
-    told = []
-    with _scene("--deadline", "30") as scene, scene.user(scene.file("large", LARGE)) as user:
-        for _ in range(TIMES):
-            for rank in range(2):
-                failures.kill_while_idle(scene, user, rank)
-                told.append(failures.kill_while_computing(scene, user, rank))
-            failures.kill_keeper(scene, user, computing=True)
-            failures.kill_keeper(scene, user, computing=False)
-    return {"deaths_while_computing": len(told), "told_after_seconds_at_most": round(max(told), 2)}
-
-
-def hangs() -> Figures:
-    """Each rank stopped with SIGSTOP, ten times."""
-    told = []
-    options = ("--deadline", str(failures.DEADLINE))
-    with _scene(*options) as scene, scene.user(scene.file("large", LARGE)) as user:
-        for _ in range(TIMES):
-            for rank in range(2):
-                told.append(failures.stop_while_computing(scene, user, rank))
+def die(phase: str, times: int = TIMES) -> Figures:
+    """Each signal for each target in this phase: recovered, told in time, nothing left behind."""
+    told: dict[str, list[float]] = defaultdict(list)
+    before = leaks.Snapshot.take()
+    with _scene("--deadline", str(deaths.DEADLINE)) as scene, Clients.of(scene) as clients:
+        footprint = None
+        for _ in range(times):
+            for death in deaths.rows(phase):
+                took = death.happen(clients)
+                assert took < deaths.TOLD[death.signal], f"{death}: told after {took:.1f} s"
+                told[f"{death.signal.name} {death.target}"].append(took)
+            # After the first round: clients keep the connections that they once needed.
+            footprint = footprint or deaths.Footprint.of(scene)
+        assert footprint is not None
+        footprint.check(scene)
+        assert "Traceback" not in scene.daemon.log, scene.daemon.log[-3000:]
+    assert not (left := leaks.find_leaks(before)), left
     return {
-        "hangs": len(told),
-        "deadline_seconds": failures.DEADLINE,
-        "told_after_seconds_at_most": round(max(told), 2),
+        "times_each": times,
+        "deadline_seconds": deaths.DEADLINE,
+        "told_after_seconds_at_most": {name: round(max(took), 2) for name, took in told.items()},
     }
-
-
-def brokers() -> Figures:
-    """The broker killed, and stopped in the middle of a forward, ten times each."""
-    for _ in range(TIMES):
-        with _scene() as scene:
-            failures.kill_broker(scene)
-        with _scene() as scene, scene.user(scene.file("large", LARGE)) as user:
-            failures.stop_while_it_computes(scene, user)
-    return {"killed": TIMES, "stopped": TIMES}
 
 
 def exactness() -> Figures:
@@ -103,7 +82,8 @@ def exactness() -> Figures:
         contextlib.closing(Nursery(Path(directory, "nursery"), loaded=True)) as nursery,
     ):
         worst = run_soak(nursery, seeds=SEEDS)
-    return {"seeds": SEEDS, "worst_ratios": worst}
+        drifts = {name: round(drift, 4) for name, drift in measure_drifts(nursery).items()}
+    return {"seeds": SEEDS, "worst_ratios": worst, "pipefusion_drift": drifts}
 
 
 @contextlib.contextmanager
@@ -119,8 +99,6 @@ def _scene(*options: str) -> Iterator[RanksScene]:
 STAGES = {
     "ranks-forwards": forwards,
     "ranks-cancels": cancels,
-    "ranks-kills": kills,
-    "ranks-hangs": hangs,
-    "ranks-brokers": brokers,
+    **{f"ranks-die-{phase}": (lambda phase=phase: die(phase)) for phase in deaths.PHASES},
     "ranks-exactness": exactness,
 }

@@ -1,6 +1,6 @@
 """``make soak``: every stage with its full count, in a process of its own; resumable.
 
-A stage's result lies in ``.cache/soak/`` until the commit changes; when all are there they are
+A stage's result lies in ``.cache/soak/`` until the code changes; when all are there they are
 written to ``benchmarks/results/soak.json``.
 """
 
@@ -10,6 +10,8 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ from soak.stages import STAGES  # noqa: E402
 CACHE = ROOT / ".cache/soak"
 RESULT = ROOT / "benchmarks/results/soak.json"
 _CODE = ("protocol", "daemon", "comfy_client_node", "examples", "tests")
+_LIMIT = 3_600.0  # seconds; a stage takes a quarter of that at most, if it does not hang
 
 
 def git(*arguments: str) -> str:
@@ -36,43 +39,59 @@ def git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def commit() -> str:
-    """What is being tested: the commit, and a digest of the code where it differs from that."""
-    head = git("rev-parse", "HEAD") or "unknown"
-    if head != "unknown" and not git("status", "--porcelain", "--", *_CODE):
-        return head
-    digest = hashlib.sha256()
+def digest() -> str:
+    """What is being tested, whichever commit it is part of."""
+    found = hashlib.sha256()
     for path in project.files():
         if path.parts[0] in _CODE:
-            digest.update(f"{path}\0".encode() + (project.ROOT / path).read_bytes())
-    return f"{head}+{digest.hexdigest()[:12]}"
+            found.update(f"{path}\0".encode() + (project.ROOT / path).read_bytes())
+    return found.hexdigest()[:16]
 
 
-def run_stage(name: str, tested: str) -> bool:
-    """One stage in a process of its own, unless its result is there. Whether it went well."""
+def run_stage(name: str, code: str) -> bool:
+    """One stage in a process of its own. Whether it went well."""
     began = time.monotonic()
     print(f"{name:<28} ", end="", flush=True)
-    done = subprocess.run(
-        [sys.executable, __file__, "--inside", name], capture_output=True, text=True, check=False
+    stage = subprocess.Popen(
+        [sys.executable, __file__, "--inside", name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    seconds = time.monotonic() - began
-    if done.returncode:
-        print(f"FAILED after {seconds:.0f} s\n{done.stderr}", flush=True)
+    try:
+        out, err = stage.communicate(timeout=_LIMIT)
+    except subprocess.TimeoutExpired:
+        end_group(stage)
+        print(f"ENDED: it took more than {_LIMIT:.0f} s\n{stage.communicate()[1]}", flush=True)
         return False
-    result = {"commit": tested, "seconds": round(seconds, 1), **json.loads(done.stdout)}
+    finally:
+        end_group(stage)
+    seconds = time.monotonic() - began
+    if stage.returncode:
+        print(f"FAILED after {seconds:.0f} s\n{err}", flush=True)
+        return False
+    about = {"code": code, "commit": git("rev-parse", "HEAD") or "unknown"}
+    result = {**about, **json.loads(out), "stage_seconds": round(seconds, 1)}
     CACHE.mkdir(parents=True, exist_ok=True)
     (CACHE / f"{name}.json").write_text(json.dumps(result, indent=1))
     print(f"ok, {seconds:.0f} s", flush=True)
     return True
 
 
-def finished(name: str, tested: str) -> dict[str, object] | None:
+def end_group(stage: subprocess.Popen[str]) -> None:
+    """The stage with every process that it started: it may hang, or this run is interrupted."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(stage.pid, signal.SIGKILL)
+
+
+def finished(name: str, code: str) -> dict[str, object] | None:
     """The result of an earlier run of the same code."""
     try:
         result: dict[str, object] = json.loads((CACHE / f"{name}.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return result if result["commit"] == tested else None
+    return result if result.get("code") == code else None
 
 
 def main() -> int:
@@ -87,32 +106,36 @@ def main() -> int:
             figures = STAGES[arguments.inside]()
         print(json.dumps(figures))
         return 0
-    tested = commit()
+    code = digest()
     chosen = [name for name in STAGES if not arguments.only or arguments.only in name]
     if not chosen:
         parser.error(f"no stage is called {arguments.only!r}: {', '.join(STAGES)}")
     failed = []
     for name in chosen:
-        if not arguments.fresh and finished(name, tested):
+        if not arguments.fresh and finished(name, code):
             print(f"{name:<28} done before", flush=True)
-        elif not run_stage(name, tested):
+        elif not run_stage(name, code):
             failed.append(name)
     if failed:
         print(f"failed: {', '.join(failed)}")
         return 1
     output = arguments.output or (RESULT if chosen == list(STAGES) else None)
     if output is not None:
-        write_report(output, {name: finished(name, tested) for name in chosen}, tested)
+        write_report(output, {name: finished(name, code) or {} for name in chosen})
     return 0
 
 
-def write_report(output: Path, results: dict[str, dict[str, object] | None], tested: str) -> None:
+def write_report(output: Path, results: dict[str, dict[str, object]]) -> None:
     """The JSON that is committed."""
-    total = sum(int(str(r["inputs"])) for r in results.values() if r and "inputs" in r)
-    report = {**describe_run(), "commit": tested, "hostile_inputs": total, "stages": results}
+
+    def total(figure: str) -> int:
+        return round(sum(float(str(result.get(figure, 0))) for result in results.values()))
+
+    inputs, seconds = total("inputs"), total("stage_seconds")
+    sums = {"hostile_inputs": inputs, "seconds": seconds}
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{total} hostile inputs; written to {output}")
+    output.write_text(json.dumps({**describe_run(), **sums, "stages": results}, indent=1) + "\n")
+    print(f"{inputs} hostile inputs, {seconds} s; written to {output}")
 
 
 if __name__ == "__main__":

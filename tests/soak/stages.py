@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import platforms
+from broker.test_catalog_properties import run_in_any_order
 from daemon_process import running_daemon
 from hostile import siege
 from hostile.attack import Attack
@@ -17,6 +18,7 @@ from soak import meaning_stages, rank_stages, stock_files, training
 from soak.cycles import BUDGET, run_cycles
 
 CYCLES = 10_000
+ORDERS = 10_000
 _SECONDS = 1_500.0  # a stage that takes longer has failed
 
 Stage = Callable[[], dict[str, object]]
@@ -47,7 +49,14 @@ def attack(chosen: Attack) -> dict[str, object]:
     return dict(outcome.to_json())
 
 
+def orders(count: int = ORDERS) -> dict[str, object]:
+    """Everything that can happen to a catalog, in so many random orders."""
+    run_in_any_order(count, steps=100)
+    return {"orders": count, "steps_each": 100}
+
+
 STAGES: dict[str, Stage] = {
+    "catalog-orders": orders,
     **{f"cycles-{name}": (lambda name=name: cycles(name)) for name in platforms.PLATFORMS},  # type: ignore[misc]
     **{f"hostile-{a.name}": (lambda a=a: attack(a)) for a in ATTACKS.values()},  # type: ignore[misc]
     **rank_stages.STAGES,

@@ -60,7 +60,8 @@ const en = {
       problem: "No xdit-sidecar daemon answers.",
       what_to_do:
         "The daemon runs beside ComfyUI, in an environment of its own: install it there with " +
-        "pip install 'xdit-sidecar[daemon]', then start it with xdit-sidecar serve --ranks N.",
+        "pip install '.[daemon]' in a clone of its repository, then start it with " +
+        "xdit-sidecar serve.",
     },
   },
 };
@@ -123,12 +124,13 @@ const zh = {
     absent: {
       problem: "没有 xdit-sidecar 守护进程应答。",
       what_to_do:
-        "守护进程与 ComfyUI 并行运行，使用独立的环境：请在那里用 " +
-        "pip install 'xdit-sidecar[daemon]' 安装，然后用 xdit-sidecar serve --ranks N 启动。",
+        "守护进程与 ComfyUI 并行运行，使用独立的环境：请用该环境的 pip 在" +
+        "仓库的克隆目录中执行 pip install '.[daemon]'，然后用 xdit-sidecar serve 启动。",
     },
     lost: {
       problem: "守护进程刚刚停止或重启。",
-      what_to_do: "请稍候，或查看守护进程的日志。",
+      what_to_do:
+        "请等待它恢复，或用 xdit-sidecar serve 启动它（原因见其日志），然后重新运行工作流。",
     },
     deadline: {
       problem: "守护进程没有及时应答。",

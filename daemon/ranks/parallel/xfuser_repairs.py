@@ -29,6 +29,7 @@ _BOTH = frozenset({"cpu", "cuda"})
 _CPU = frozenset({"cpu"})
 _CUDA = frozenset({"cuda"})
 _SHAPE_WORDS = 8  # a shape message: how many dimensions, then up to seven sizes
+_ABSENT = "xfuser is not installed: pip install '.[daemon]' in a clone of the repository"
 
 
 class XfuserUnusable(RuntimeError):
@@ -67,9 +68,7 @@ def guard_version(installed: str | None = None) -> str:
         try:
             installed = importlib.metadata.version("xfuser")
         except importlib.metadata.PackageNotFoundError:
-            raise XfuserUnusable(
-                "xfuser is not installed: pip install '.[daemon]' in a clone of the repository"
-            ) from None
+            raise XfuserUnusable(_ABSENT) from None
     if Version(installed) not in TESTED_VERSIONS:
         raise XfuserUnusable(
             f"xfuser {installed} was never tested with xdit-sidecar, which repairs faults of "
@@ -134,7 +133,7 @@ def _load_envs() -> Any:
     if "xfuser.envs" not in sys.modules:
         spec = importlib.util.find_spec("xfuser")
         if spec is None:
-            raise XfuserUnusable("xfuser is not installed: pip install '.[daemon]' in a clone of the repository")
+            raise XfuserUnusable(_ABSENT)
         # The package's own __init__ would import everything.
         sys.modules["xfuser"] = importlib.util.module_from_spec(spec)
         try:

@@ -214,7 +214,23 @@ class Control:
         return (_Control(),)
 
 
+class NoConditioning:
+    """No prompt at all."""
+
+    CATEGORY = "test"
+    FUNCTION = "make"
+    RETURN_TYPES = ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def make(self) -> tuple[list[Any]]:
+        return ([],)
+
+
 NODE_CLASS_MAPPINGS = {
+    "TestNoConditioning": NoConditioning,
     "TestControl": Control,
     "TestDynamic": Dynamic,
     "TestSaveTensors": SaveTensors,

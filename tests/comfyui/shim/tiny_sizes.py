@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.model_detection
 import comfy.sd
+import comfy.text_encoders.sd3_clip
 import torch
 
 _WIDTH_OF_FLUX = 3072
@@ -24,6 +25,8 @@ def accept() -> None:
     """From here on, the loaders of this process take tiny files, too."""
     comfy.model_detection.detect_unet_config = _detecting(comfy.model_detection.detect_unet_config)
     comfy.sd.load_text_encoder_state_dicts = _encoding(comfy.sd.load_text_encoder_state_dicts)
+    comfy.sd.detect_te_model = _naming(comfy.sd.detect_te_model)
+    comfy.sd.t5xxl_detect = _finding_t5(comfy.sd.t5xxl_detect)
     comfy.sd.load_state_dict_guess_config = _guessing(comfy.sd.load_state_dict_guess_config)
     comfy.sd.VAE.__init__ = _decoding(comfy.sd.VAE.__init__)
 
@@ -54,6 +57,30 @@ def _encoding(original: Any) -> Any:
         return original(state_dicts, *arguments, model_options=options, **others)
 
     return load_text_encoder_state_dicts
+
+
+def _naming(original: Any) -> Any:
+    def detect_te_model(sd: Tensors) -> Any:
+        return comfy.sd.TEModel.T5_XXL if _is_tiny_t5(sd) else original(sd)
+
+    return detect_te_model
+
+
+def _finding_t5(original: Any) -> Any:
+    """How T5-XXL is stored is looked for in its last layer, the 24th."""
+
+    def t5xxl_detect(clip_data: Any) -> Any:
+        for tensors in filter(_is_tiny_t5, clip_data):
+            return comfy.text_encoders.sd3_clip.t5_xxl_detect(tensors)
+        return original(clip_data)
+
+    return t5xxl_detect
+
+
+def _is_tiny_t5(tensors: Tensors) -> bool:
+    words = tensors.get("shared.weight")
+    gated = "encoder.block.0.layer.1.DenseReluDense.wi_1.weight" in tensors
+    return gated and words is not None and words.shape[1] < _WIDTH_OF_T5_XXL
 
 
 def _guessing(original: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from ranks.parallel.exactness import BOUND, CONFIGS, measure, run_soak, worst_ratios
+from ranks.parallel.exactness import BOUND, CONFIGS, measure, worst_ratios
 from ranks.parallel.harness import Nursery
 
 pytestmark = [
@@ -36,8 +36,3 @@ def measure_apart(nursery: Nursery, more: dict[str, object]) -> list[dict[str, o
     # Even the outputs of the ranks differ then.
     outcomes = nursery.run("measure_errors", 2, seeds=[1], **more)
     return [case for outcome in outcomes for case in outcome.get()["cases"]]
-
-
-@pytest.mark.soak
-def test_fifty_seeds(nursery: Nursery) -> None:
-    run_soak(nursery)
