@@ -335,6 +335,7 @@ def keep_deadline(place: Place, *, deadline: float) -> list[float]:
         ParallelContext.build(ParallelConfig(**degrees), group)
     alive = list(torch.distributed.distributed_c10d._world.pg_map)
     found = [g._get_backend(CPU).options._timeout.total_seconds() for g in alive]
+    torch.distributed.barrier()  # the other may still be connecting
     process_group.leave()
     return [seconds for seconds in found if not math.isclose(seconds, deadline)] + [len(found)]
 
