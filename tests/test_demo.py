@@ -1,4 +1,4 @@
-"""`make demo`, on the CPU and on the fake CUDA driver."""
+"""`make demo` on the CPU; a stage of the soak runs it on the fake CUDA driver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from digits_scene import reader
 from PIL import Image
-from platforms import Platform
+from platforms import Platform, make_platform
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -48,18 +48,13 @@ def read_sheet(path: Path) -> list[int]:
     return reader().read(torch.stack([sheet[y : y + 128, x : x + 128] for y, x in corners]))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's files, written by the first run."""
-    return tmp_path_factory.mktemp("demo") / "cache"
-
-
-def test_the_demo_measures_one_copy(platform: Platform, cache: Path) -> None:
+def check_demo(platform: Platform, cache: Path, times: int = 1) -> None:
+    """So many runs, of which the first writes its files to ``cache``."""
     temporary = tempfile.mkdtemp(prefix="xd-", dir="/tmp")
     try:
-        # Twice in a row; what a device adds does not depend on the run before.
-        for _ in range(2 if platform.name == "cpu" else 1):
-            status, text = run_demo(cache, platform, TMPDIR=temporary, **NO_SPARES)
+        for _ in range(times):
+            more = {**platform.environment, "TMPDIR": temporary, **NO_SPARES}
+            status, text = run_demo(cache, platform, **more)
             assert status == 0, text
             copies = [float(c) for c in re.findall(r"physical copies, .*?: (\d+\.\d+) \(", text)]
             assert len(copies) == (6 if platform.option == "cpu" else 2), text
@@ -82,6 +77,10 @@ def test_the_demo_measures_one_copy(platform: Platform, cache: Path) -> None:
         ]
     finally:
         os.rmdir(temporary)
+
+
+def test_the_demo_measures_one_copy(tmp_path: Path) -> None:
+    check_demo(make_platform("cpu", tmp_path), tmp_path / "cache", times=2)
 
 
 def test_the_picture_of_the_readme_shows_the_digits() -> None:

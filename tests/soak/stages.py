@@ -13,6 +13,7 @@ from daemon_process import running_daemon
 from hostile import siege
 from hostile.attack import Attack
 from hostile.catalogue import ATTACKS
+from test_demo import check_demo
 
 from soak import meaning_stages, rank_stages, stock_files, training
 from soak.cycles import BUDGET, run_cycles
@@ -55,6 +56,13 @@ def orders(count: int = ORDERS) -> dict[str, object]:
     return {"orders": count, "steps_each": 100}
 
 
+def demo(name: str) -> dict[str, object]:
+    """`make demo` on one platform; `make test` has it on the CPU."""
+    with tempfile.TemporaryDirectory() as directory:
+        check_demo(platforms.make_platform(name, Path(directory)), Path(directory, "cache"))
+    return {"runs": 1}
+
+
 STAGES: dict[str, Stage] = {
     "catalog-orders": orders,
     **{f"cycles-{name}": (lambda name=name: cycles(name)) for name in platforms.PLATFORMS},  # type: ignore[misc]
@@ -63,4 +71,5 @@ STAGES: dict[str, Stage] = {
     **meaning_stages.STAGES,
     **stock_files.STAGES,
     **training.STAGES,
+    **{f"demo-{name}": (lambda name=name: demo(name)) for name in platforms.PLATFORMS[1:]},  # type: ignore[misc]
 }
