@@ -264,7 +264,7 @@ class JobService:
                 self._drop([job])
                 return
             result = await self._turn(job)
-            if _is_out_of_memory(result) and not job.retried and not job.cancelled:
+            if _out_of_memory(result) is not None and not job.retried and not job.cancelled:
                 job.retried = True
                 result = await self._turn_with_more_room(job)
             finished = self._pass_on(job, result)
@@ -386,10 +386,10 @@ class JobService:
             room.result()
         await self._trim()
         result = await self._turn(job)
-        if isinstance(outcome := result.outcome, m.Failed) and outcome.code == OutOfMemory.code:
+        if (refusal := _out_of_memory(result)) is not None:
             held = filter(None, map(self._host.name_holders, dict.fromkeys(self._group.devices)))
-            text = "; ".join([outcome.message, *held])[: limits.TEXT]
-            result = Result(msgspec.structs.replace(outcome, message=text), result.frames)
+            text = "; ".join([refusal.message, *held])[: limits.TEXT]
+            result = Result(msgspec.structs.replace(refusal, message=text), result.frames)
         return result
 
     def _pass_on(self, job: JobRecord, result: Result) -> bool:
@@ -422,8 +422,10 @@ class JobService:
         self._host.answer(job.asker, m.failed_answer(error))
 
 
-def _is_out_of_memory(result: Result) -> bool:
-    return isinstance(result.outcome, m.Failed) and result.outcome.code == OutOfMemory.code
+def _out_of_memory(result: Result) -> m.Failed | None:
+    """The outcome, if it is that."""
+    outcome = result.outcome
+    return outcome if isinstance(outcome, m.Failed) and outcome.code == OutOfMemory.code else None
 
 
 def _components(body: m.Job) -> list[tuple[str, str]]:

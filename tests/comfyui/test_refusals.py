@@ -25,13 +25,9 @@ from comfyui.nodes_scene import (
 from comfyui.server import WorkflowFailed, WorkflowInterrupted
 from comfyui.workflows import STOCK, Nodes, Workflow
 from safetensors.torch import load_file, save_file
-from xdit_sidecar.protocol.version import (
-    PROTOCOL_VERSION,
-)
 
 pytestmark = pytest.mark.timeout(240)
 
-OTHERS = [PROTOCOL_VERSION._replace(major=major) for major in (0, 9)]
 GUARD = 10  # times what is promised: the machine may be busy
 
 
