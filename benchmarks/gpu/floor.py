@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "backend:cudaMallocAsync"
@@ -28,7 +27,7 @@ from full_size import (  # noqa: E402
     forward_job,
     make_call,
     milliseconds,
-    run_daemon,
+    run_compiled,
 )
 from torch.nn import functional  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
@@ -114,9 +113,7 @@ def main() -> int:
     ) -> None:
         measure(bench, client, remote)
 
-    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
-        run_daemon(bench, Path(directory, "one"), 1, story, compiles="auto")
-    return bench.status
+    return run_compiled(bench, story)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import hashlib
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ from xdit_sidecar.protocol.manifest import TensorSpec, lay_out  # noqa: E402
 from xdit_sidecar.protocol.regions.cuda_driver import CudaDriver  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]
+Story = Callable[[DaemonProcess, Client, RemoteRanks, list[Attachment]], None]
 
 
 def make_component(role: str, shapes: dict[str, list[int]], dtype: str) -> m.Component:
@@ -117,7 +119,7 @@ def run_daemon(
     bench: Bench,
     directory: Path,
     ranks: int,
-    story: Callable[[DaemonProcess, Client, RemoteRanks, list[Attachment]], None],
+    story: Story,
     *more: str,
     compiles: str = "off",
 ) -> None:
@@ -138,3 +140,10 @@ def run_daemon(
         except BaseException:
             print(daemon.log[-6000:])
             raise
+
+
+def run_compiled(bench: Bench, story: Story, *more: str) -> int:
+    """A story of one rank that compiles, in a daemon of its own; the stage's exit status."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        run_daemon(bench, Path(directory, "one"), 1, story, *more, compiles="auto")
+    return bench.status

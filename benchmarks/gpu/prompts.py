@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -29,7 +28,7 @@ from full_size import (  # noqa: E402
     Bench,
     make_tokens,
     picture_job,
-    run_daemon,
+    run_compiled,
 )
 from xdit_sidecar.daemon.keeper.nvml import used_bytes  # noqa: E402
 from xdit_sidecar.protocol.client.attachment import Attachment  # noqa: E402
@@ -124,9 +123,7 @@ def main() -> int:
         with daemon.client("other") as other:
             measure(bench, daemon, client, [remote, RemoteRanks(other)])
 
-    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
-        run_daemon(bench, Path(directory, "one"), 1, story, "--spare-ranks", compiles="auto")
-    return bench.status
+    return run_compiled(bench, story, "--spare-ranks")
 
 
 if __name__ == "__main__":

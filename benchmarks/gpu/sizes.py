@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from full_size import (  # noqa: E402
     Bench,
     make_tokens,
     picture_job,
-    run_daemon,
+    run_compiled,
 )
 from xdit_sidecar.protocol.client.attachment import Attachment  # noqa: E402
 from xdit_sidecar.protocol.client.client import Client  # noqa: E402
@@ -74,9 +73,7 @@ def main() -> int:
     ) -> None:
         measure(bench, client, remote)
 
-    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
-        run_daemon(bench, Path(directory, "one"), 1, story, compiles="auto")
-    return bench.status
+    return run_compiled(bench, story)
 
 
 if __name__ == "__main__":
