@@ -16,6 +16,7 @@ _DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
+_FP8_FAST = "fp8_e4m3fn_fast"  # as ComfyUI's own loader calls it
 _AUTO = "auto"
 _DEGREES = [_AUTO, "1", "2", "4", "8"]
 
@@ -24,6 +25,7 @@ class ModelChoices(NamedTuple):
     """The values of `choice_inputs`."""
 
     dtype: torch.dtype | None  # None: ComfyUI's own choice for the file
+    fp8_matmul: bool
     degrees: m.Degrees | None  # None: the daemon's choice
     on_problem: str
     keep: bool
@@ -42,11 +44,15 @@ class ModelChoices(NamedTuple):
         degrees = None
         if ulysses != _AUTO:
             degrees = m.Degrees(ulysses=int(ulysses), ring=int(ring), cfg=int(cfg_parallel))
-        return cls(_DTYPES[weight_dtype], degrees, on_problem, keep_resident)
+        fast = weight_dtype == _FP8_FAST
+        dtype = None if fast else _DTYPES[weight_dtype]
+        return cls(dtype, fast, degrees, on_problem, keep_resident)
 
     @property
     def model_options(self) -> dict[str, Any]:
         """For ComfyUI's own loaders, where the model is loaded here."""
+        if self.fp8_matmul:
+            return {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True}
         return {} if self.dtype is None else {"dtype": self.dtype}
 
 
@@ -55,11 +61,12 @@ def choice_inputs(*, optional: bool = False) -> list[Any]:
     return [
         io.Combo.Input(
             "weight_dtype",
-            options=list(_DTYPES),
+            options=[*_DTYPES, _FP8_FAST],
             default="default",
             optional=optional,
             tooltip="What the ranks compute in; default is ComfyUI's own choice for the file and "
-            "the GPU.",
+            "the GPU. fp8_e4m3fn_fast multiplies in fp8: faster on recent GPUs, and not the same "
+            "picture.",
         ),
         io.Combo.Input(
             "ulysses",

@@ -35,7 +35,7 @@ _NODE = "XDiT UNet Loader"
 # What may be set of a RemoteTransformer.
 _ATTRIBUTES = {
     "_is_torch_compile",  # by torch, for who has it compiled: told when it is sampled
-    *("training", "dtype", "patch_size", "params", "owner", "link", "degrees"),
+    *("training", "dtype", "patch_size", "params", "owner", "link", "degrees", "fp8_matmul"),
     *("_node", "_path", "_prefix", "_shapes", "_keep", "_held", "_loras"),
 }
 
@@ -63,6 +63,7 @@ class RemoteTransformer(torch.nn.Module):
         patch_size: int,
         degrees: m.Degrees | None,
         *,
+        fp8_matmul: bool = False,
         keep: bool = True,
         node: str = _NODE,
     ) -> None:
@@ -81,6 +82,7 @@ class RemoteTransformer(torch.nn.Module):
         self._prefix = prefix
         self._shapes = dict(shapes)
         self.degrees = degrees
+        self.fp8_matmul = fp8_matmul
         self._keep = keep
         self._held: dict[str, Attachment] = {}  # by device
         self._loras = LoraComponents(link)
@@ -188,6 +190,7 @@ class RemoteTransformer(torch.nn.Module):
                 components=self.components(),
                 tensors=[],
                 compute=compute,
+                fp8_matmul=self.fp8_matmul,
                 degrees=self.degrees,
                 adapters=self.adapters(patcher),
                 ref_latents_method=method,
@@ -236,13 +239,15 @@ def load_remote_model(
     dtype: torch.dtype | None,
     degrees: m.Degrees | None,
     *,
+    fp8_matmul: bool = False,
     keep: bool = True,
     node: str = _NODE,
 ) -> Any:
     """A ``ModelPatcher`` around a weightless FLUX.1, whose file is handed over and not loaded.
 
-    ``dtype`` is what ComfyUI calls the weights' dtype; None: its own choice for the file. ``keep``:
-    the daemon keeps it when ComfyUI drops the model. ``node``: the loader's name, for errors.
+    ``dtype`` is what ComfyUI calls the weights' dtype; None: its own choice for the file.
+    ``fp8_matmul``: see :class:`..protocol.messages.Forward`. ``keep``: the daemon keeps it when
+    ComfyUI drops the model. ``node``: the loader's name, for errors.
     Raises SidecarError.
     """
     shapes = read_shapes(path, _CHECKPOINT)
@@ -271,7 +276,16 @@ def load_remote_model(
     base = config.get_model({}, "")
     patch_size = config.unet_config.get("patch_size", 2)
     transformer = RemoteTransformer(
-        link, path, prefix, shapes, chosen, patch_size, degrees, keep=keep, node=node
+        link,
+        path,
+        prefix,
+        shapes,
+        chosen,
+        patch_size,
+        degrees,
+        fp8_matmul=fp8_matmul,
+        keep=keep,
+        node=node,
     )
     transformer.owner = weakref.ref(base)
     transformer.hand_over()

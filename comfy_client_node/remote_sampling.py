@@ -58,6 +58,7 @@ def sample(
             components={**transformer.components(), **components},
             tensors=[],
             compute=compute,
+            fp8_matmul=transformer.fp8_matmul,
             degrees=transformer.degrees,
             adapters=transformer.adapters(run.model),
             seed=run.seed,

@@ -17,7 +17,7 @@ from ranks.components import component_files
 from ranks.components.component_files import T5, Clip, SmallVae
 from safetensors.torch import save_file
 from xdit_sidecar.daemon.commands.console import make_console
-from xdit_sidecar.daemon.commands.residence import make_resident
+from xdit_sidecar.daemon.commands.residence import make_resident, work_devices
 from xdit_sidecar.daemon.models.flux_detection import detect_flux_file
 from xdit_sidecar.daemon.models.text_encoder_detection import detect_clip, detect_t5
 from xdit_sidecar.daemon.models.vae_detection import detect_vae
@@ -196,11 +196,12 @@ class Drawer:
 
 @contextlib.contextmanager
 def drawing(client: Client, files: PipelineFiles) -> Iterator[Drawer]:
-    """The pipeline resident on the CPU, leased until the end of the block."""
+    """The pipeline resident where the ranks work, leased until the end of the block."""
+    devices = work_devices(client)
     held = [
         resident
         for path in files.paths.values()
-        for resident in make_resident(client, path, ["cpu"], console=make_console())
+        for resident in make_resident(client, path, devices, console=make_console())
     ]
     assert [resident.role for resident in held] == list(ROLES)
     components = {resident.role: resident.attachment.component.fingerprint for resident in held}

@@ -149,6 +149,7 @@ STAGES: dict[str, Stage] = {
     "sizes": program("sizes"),
     "prompts": program("prompts"),
     "steps": program("steps"),
+    "fp8": program("fp8_error"),
     "comfyui": comfyui_stage,
 }
 

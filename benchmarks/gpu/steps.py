@@ -1,8 +1,8 @@
 """A step at 1024² by the ranks against stock ComfyUI: one server, one GPU, one run.
 
-The stock workflow, first with ComfyUI's own loaders, then with ours and compiled ranks. A step is
-what a prompt with more steps takes longer than one with few, divided by their number: loading,
-encoding and saving cancel out.
+The stock workflow, first with ComfyUI's own loaders, then with ours and compiled ranks, at last
+with products in fp8. A step is what a prompt with more steps takes longer than one with few,
+divided by their number: loading, encoding and saving cancel out.
 
 Usage: ``python benchmarks/gpu/steps.py [--tiny] OUTPUT``. ``--tiny``: the tests' small files, on
 the CPU, not compiled.
@@ -34,6 +34,7 @@ from daemon_process import running_daemon  # noqa: E402
 from figures_file import FiguresFile  # noqa: E402
 from pack_comfyui import find_checkouts  # noqa: E402
 from real_comfyui import Case, Setup, make_server, set_up  # noqa: E402
+from xdit_sidecar.protocol.client.client import Client  # noqa: E402
 
 FEW, MANY = 4, 24
 ROUNDS = 3
@@ -58,6 +59,24 @@ def step_milliseconds(server: ComfyServer, setup: Setup, nodes: Nodes) -> float:
     return statistics.median(times)
 
 
+def measure_ranks(
+    output: FiguresFile, server: ComfyServer, setup: Setup, client: Client, dtype: str = ""
+) -> float:
+    """A step by the ranks, compiled if that is wanted, in the loader's ``dtype``."""
+    nodes = setup.shared
+    if dtype:
+        nodes = replace(nodes, model_inputs={**nodes.model_inputs, "weight_dtype": dtype})
+    how = f", {dtype}" if dtype else ""
+    run(server, setup, nodes, FEW, 1)
+    if not setup.tiny:
+        missing = wait_until_compiled(client)
+        output.add(f"transformers that are not compiled{how}", missing, "", 0)
+        run(server, setup, nodes, FEW, 2)
+    took = step_milliseconds(server, setup, nodes)
+    output.add(f"the ranks' step at 1024²{how}", took, "ms")
+    return took
+
+
 def measure(output: FiguresFile, setup: Setup, case: Case, directory: Path) -> None:
     """Stock, then the ranks."""
     options = ("--ranks", "1", "--deadline", "120", "--compile", "off" if setup.tiny else "auto")
@@ -70,13 +89,9 @@ def measure(output: FiguresFile, setup: Setup, case: Case, directory: Path) -> N
         run(server, setup, setup.stock, FEW, 1)
         stock = step_milliseconds(server, setup, setup.stock)
         output.add("stock ComfyUI's step at 1024²", stock, "ms")
-        run(server, setup, setup.shared, FEW, 1)
-        if not setup.tiny:
-            output.add("transformers that are not compiled", wait_until_compiled(client), "", 0)
-            run(server, setup, setup.shared, FEW, 2)
-        ranks = step_milliseconds(server, setup, setup.shared)
-        output.add("the ranks' step at 1024²", ranks, "ms")
-        output.meet(targets.STOCK, stock / ranks)
+        output.meet(targets.STOCK, stock / measure_ranks(output, server, setup, client))
+        fp8 = measure_ranks(output, server, setup, client, "fp8_e4m3fn_fast")
+        output.meet(targets.STOCK_FP8, stock / fp8)
 
 
 def main() -> int:

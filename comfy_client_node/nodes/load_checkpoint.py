@@ -87,7 +87,13 @@ class LoadCheckpoint(io.ComfyNode):
             ]
             vae_prefix = first_prefix(path, _VAE, "VAE")
             model = load_remote_model(
-                link(), path, choices.dtype, choices.degrees, keep=choices.keep, node=_NAME
+                link(),
+                path,
+                choices.dtype,
+                choices.degrees,
+                fp8_matmul=choices.fp8_matmul,
+                keep=choices.keep,
+                node=_NAME,
             )
             install_check(model, choices.on_problem, load_model_here, node)
             clip = load_shared_clip(link(), encoders, comfy.sd.CLIPType.FLUX, embeddings=embeddings)

@@ -62,7 +62,12 @@ class LoadModel(io.ComfyNode):
 
         def load() -> Any:
             model = load_remote_model(
-                link(), path, choices.dtype, choices.degrees, keep=choices.keep
+                link(),
+                path,
+                choices.dtype,
+                choices.degrees,
+                fp8_matmul=choices.fp8_matmul,
+                keep=choices.keep,
             )
             install_check(model, choices.on_problem, load_here, node)
             return model

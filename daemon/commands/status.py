@@ -86,7 +86,9 @@ def describe_status(
     for rank in status.ranks:
         for told in rank.transformers:
             reason = f" ({told.reason})" if told.reason else ""
-            yield f"rank {rank.rank}: {told.label}, {told.compute}: {told.state}{reason}"
+            products = " with fp8 products" if told.fp8_matmul else ""
+            how = f"{told.compute}{products}: {told.state}{reason}"
+            yield f"rank {rank.rank}: {told.label}, {how}"
     for session in sessions:
         for line in session.meaning:
             yield f"{session.session}: {line}"

@@ -20,6 +20,7 @@ from .components import OpenComponent, OpenComponents
 from .dtypes import DTYPES
 from .flux.adapters import LoraStack, applied, from_file
 from .flux.compiled_forward import CompiledForward
+from .flux.fp8_products import own_bytes, use_fp8_products
 from .flux.latents import from_tokens, to_inputs
 from .flux.missing_guidance import allow_missing_guidance
 from .flux.model import build_flux
@@ -34,6 +35,7 @@ from .reservation import Reservation
 _MOST_STACKS = 8
 _MOST_RUNS = 16
 _RUN_BYTES = 8 << 30  # of keys and values that PipeFusion keeps
+_FP8_OPTIONS = "an fp8 file, which needs no copy, or products in the compute dtype"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class DenoiserOptions:
     session: str
     region: str | None  # of the transformer
     compute: m.ComputeDtype
+    fp8_matmul: bool = False
     degrees: m.Degrees | None = None
     adapters: Sequence[tuple[str | None, float]] = ()  # region and strength of each LoRA
     run: str = ""  # tells apart what a session denoises in turns
@@ -64,15 +67,28 @@ class _Resident:
     """A transformer in one compute dtype."""
 
     def __init__(
-        self, component: OpenComponent, compute: m.ComputeDtype, refusal: str | None, compiles: bool
+        self,
+        component: OpenComponent,
+        compute: m.ComputeDtype,
+        reservation: Reservation | None,
+        refusal: str | None,
+        compiles: bool,
     ) -> None:
+        """``reservation``: of the copies for products in fp8, if that is how it multiplies."""
         self.label = component.component.label
         self.compute: m.ComputeDtype = compute
+        self.fp8_matmul = reservation is not None
         self.config: FluxConfig = component.build(
             "config", lambda: detect_flux(component.component.tensors, component.component.label)
         )
         tensors = component.without_prefix(self.config.prefix)
         loaded = build_flux(self.config, tensors, DTYPES[compute])
+        self.fp8_bytes = 0  # of its own
+        if reservation is not None:
+            self.fp8_bytes = own_bytes(loaded.model)
+            what = f"{self.label}'s weights in fp8"
+            reservation.check_lasting(self.fp8_bytes, what, _FP8_OPTIONS)
+            use_fp8_products(loaded.model)
         allow_missing_guidance(loaded.model)
         self.flux = ParallelFlux(loaded.model)
         self.casts = bool(loaded.cast_layers)
@@ -164,12 +180,18 @@ class Denoiser:
             m.TransformerStatus(
                 label=resident.label,
                 compute=resident.compute,
+                fp8_matmul=resident.fp8_matmul,
                 state=resident.compiled.compilation.state,
                 reason=resident.compiled.compilation.reason,
             )
             for resident in self._components.built(_Resident)[: limits.TRANSFORMERS]
             if resident.compiled is not None
         ]
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of weights that exist in fp8 besides those in their region."""
+        return sum(resident.fp8_bytes for resident in self._components.built(_Resident))
 
     def forget_session(self, session: str) -> None:
         """Drop what an ended session left."""
@@ -193,8 +215,14 @@ class Denoiser:
     def _resident(self, options: DenoiserOptions) -> _Resident:
         component = self._components.find(options.region, "transformer")
         return component.build(
-            ("flux", options.compute),
-            lambda: _Resident(component, options.compute, self._refusal, self._compiles),
+            ("flux", options.compute, options.fp8_matmul),
+            lambda: _Resident(
+                component,
+                options.compute,
+                self._reservation if options.fp8_matmul else None,
+                self._refusal,
+                self._compiles,
+            ),
         )
 
     def _context(

@@ -117,8 +117,8 @@ class Worker:
 
     @property
     def copied_bytes(self) -> int:
-        """Of copies on this rank's device, of components in host memory."""
-        return self._components.copied_bytes
+        """On this rank's device: components that lie in host memory, and weights in fp8."""
+        return self._components.copied_bytes + self._engines.denoiser.copied_bytes
 
     def perform(self, task: m.Task, frames: Frames, take: TakeDescriptor) -> Performed:
         """Do a task; its outcome and the outcome's raw frames. Never raises.

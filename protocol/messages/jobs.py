@@ -85,6 +85,7 @@ class Forward(Message, frozen=True, tag="forward", kw_only=True):
     components: Components
     tensors: Parts
     compute: ComputeDtype = "BF16"
+    fp8_matmul: bool = False  # the blocks' products in e4m3: faster, not exact
     degrees: Degrees | None = None  # None: chosen for the model, the batch and the devices
     adapters: Adapters = msgspec.field(default_factory=list)
     ref_latents_method: RefLatentsMethod = "offset"
@@ -103,6 +104,7 @@ class Generate(Message, frozen=True, tag="generate", kw_only=True):
     components: Components
     tensors: Parts
     compute: ComputeDtype = "BF16"
+    fp8_matmul: bool = False  # as in Forward
     degrees: Degrees | None = None
     adapters: Adapters = msgspec.field(default_factory=list)
     width: _Pixels = 1024  # of the picture, in pixels; a given latent has its own size

@@ -63,6 +63,7 @@ class TransformerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     label: Name
     compute: ComputeDtype
+    fp8_matmul: bool = False
     state: Literal["eager", "compiling", "compiled", "refused"]  # "compiling": or waits for it
     reason: Name | None = None  # why it is refused
 
@@ -76,7 +77,7 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: Literal["starting", "ready", "failed"]
     error: Text | None = None
     starts: Count = 0
-    copied: Bytes = 0  # on its device, of components that lie in host memory
+    copied: Bytes = 0  # on its device: components that lie in host memory, weights in fp8
     # Those that it may compile; others run eagerly.
     transformers: Annotated[list[TransformerStatus], Meta(max_length=limits.TRANSFORMERS)] = (
         msgspec.field(default_factory=list)

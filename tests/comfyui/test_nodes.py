@@ -76,7 +76,12 @@ def test_dtype_is_what_the_ranks_compute_in(scene: NodesScene) -> None:
     step = replace(QUICK, steps=1)  # after more of them this model is somewhere else
     workflow = workflows.text_to_image(STOCK, step, save="stock", picture=False)
     expected = scene.latent(workflow, "stock")
-    for dtype, least, most in (("bf16", 1e-3, 0.05), ("fp16", 1e-4, 5e-3), ("fp32", 0.0, 1e-6)):
+    for dtype, least, most in (
+        ("bf16", 1e-3, 0.05),
+        ("fp16", 1e-4, 5e-3),
+        ("fp32", 0.0, 1e-6),
+        ("fp8_e4m3fn_fast", 1e-3, 0.15),
+    ):
         nodes = in_the_loader(weight_dtype=dtype)
         workflow = workflows.text_to_image(nodes, step, save="ours", picture=False)
         found = scene.latent(workflow, "ours")

@@ -63,6 +63,18 @@ def read_rightly(directory: Path, ranks: int, *ways: str, pictures: int = FEW) -
     return found
 
 
+def test_digits_in_fp8_are_others_and_can_be_read(tmp_path: Path) -> None:
+    with (
+        running_ranks(tmp_path / "ranks", 2) as scene,
+        scene.daemon.client("drawer") as client,
+        drawing(client, DigitsFiles()) as drawer,
+    ):
+        request = Request(FEW, settings={"fp8_matmul": True})
+        found, exact = request.draw(drawer), Request(FEW).draw(drawer)
+    assert request.count_read(found) >= RIGHT * FEW
+    assert 1e-3 < (found - exact).abs().mean() < 0.1
+
+
 # One rank is in test_faults.py, and every way for four in the soak.
 @pytest.mark.parametrize(
     ("ranks", "ways"), [(2, tuple(WAYS[2])), (4, ("ulysses and ring", "pipefusion"))]

@@ -32,6 +32,7 @@ class ForwardRun(Run):
             session=place.session,
             region=place.region("transformer"),
             compute=job.compute,
+            fp8_matmul=job.fp8_matmul,
             degrees=job.degrees,
             adapters=place.loras(job.adapters),
             run=job.run,

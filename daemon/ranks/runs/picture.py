@@ -38,6 +38,7 @@ class PictureRun(Run):
             session=place.session,
             region=place.region("transformer"),
             compute=job.compute,
+            fp8_matmul=job.fp8_matmul,
             degrees=job.degrees,
             adapters=place.loras(job.adapters),
         )

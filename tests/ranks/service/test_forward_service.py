@@ -112,6 +112,15 @@ def test_dtypes_beside_each_other(scene: RanksScene, user: User, compute: str) -
     assert_same(user.forward(inputs), exact)
 
 
+def test_products_in_fp8_only_where_a_job_asks_for_them(scene: RanksScene, user: User) -> None:
+    inputs = comfy_inputs(SMALL)
+    exact = scene.file("small").alone(inputs)
+    found = user.forward(inputs, job=user.job(fp8_matmul=True))
+    assert 1e-3 < (found - exact).norm() / exact.norm() < 0.15
+    assert_same(user.forward(inputs), exact)
+    assert all(rank.copied > 0 for rank in scene.status.ranks)  # told, as any copy
+
+
 def test_an_fp8_file(scene: RanksScene) -> None:
     file = scene.file("fp8", dtype="F8_E4M3", scales="scaled_fp8", small="BF16")
     inputs = comfy_inputs(SMALL)
