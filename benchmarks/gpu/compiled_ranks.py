@@ -21,5 +21,7 @@ def wait_until_compiled(client: Client, seconds: float = 240.0) -> int:
             break
         time.sleep(0.1)
     for one in told:
-        print(f"{one.label}, {one.compute}: {one.state} {one.reason or ''}", flush=True)
+        products = " with fp8 products" if one.fp8_matmul else ""
+        how = f"{one.compute}{products}: {one.state} {one.reason or ''}"
+        print(f"{one.label}, {how}", flush=True)
     return sum(one.state != "compiled" for one in told) if told else 1
