@@ -122,17 +122,17 @@ class Service:
 
     def _tell(self) -> None:
         self._timer = self._loop.call_later(_TELL_SECONDS, self._tell)
-        self._notifier.status(describe(self._broker.status(), self._broker.settings.no_gpu))
+        self._notifier.status(describe(self._broker.status()))
 
 
-def describe(status: m.Status, no_gpu: str = "") -> str:
-    """The state in one line, what is wrong first. ``no_gpu``: why none is served, if that is."""
+def describe(status: m.Status) -> str:
+    """The state in one line, what is wrong first."""
     wrong = [
         f"{f.where} failed: {f.error}" if f.of == "device" else f"ranks given up: {f.error}"
         for f in find_failures(status)
     ]
-    if no_gpu:
-        wrong.append(f"no GPU is served: {no_gpu}")
+    if status.no_gpu:
+        wrong.append(f"no GPU is served: {status.no_gpu}")
     group = status.group
     components = status.components
     filling = [c for c in components if c.state == "filling" and c.filled]

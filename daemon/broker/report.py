@@ -34,6 +34,7 @@ def build_status(broker: Broker) -> m.Status:
         sessions=[_session(broker, now, session) for session in broker.sessions.open.values()],
         ranks=_ranks(broker),
         group=_group(broker),
+        no_gpu=broker.settings.no_gpu[: limits.TEXT],
     )
 
 

@@ -74,6 +74,8 @@ def describe_status(
         f"xdit-sidecar {status.daemon}, protocol {status.protocol}, pid {status.pid}, "
         f"uid {status.uid}, up {human_age(status.uptime_seconds)}"
     )
+    if status.no_gpu:
+        yield f"no GPU is served: {status.no_gpu}"
     sessions = [session for session in status.sessions if session.session != own]
     tables = [_devices(status.devices), _components(status, bars=bars), _sessions(sessions)]
     if status.group is not None:

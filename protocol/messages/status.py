@@ -113,3 +113,4 @@ class Status(Message, frozen=True, tag="status-report", kw_only=True):
         default_factory=list
     )
     group: GroupStatus | None = None
+    no_gpu: Text = ""  # why no GPU is served although a driver is installed

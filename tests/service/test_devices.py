@@ -9,6 +9,7 @@ from daemon_process import running_daemon
 from fake_cuda.build import fake_libcuda
 from service.notify_socket import notify_socket
 from xdit_sidecar.daemon import devices
+from xdit_sidecar.daemon.commands.status import describe_status
 from xdit_sidecar.daemon.devices import Found, NoDevice, choose_devices
 from xdit_sidecar.protocol.regions.cuda_driver import LIBRARY_VARIABLE
 
@@ -64,6 +65,10 @@ def test_a_broken_driver_is_told(tmp_path: Path) -> None:
             assert line.startswith("WARNING no-gpu reason=")
             assert "cuInit failed" in line
             assert "cuInit failed" in manager.wait_for("STATUS", "no GPU is served: ")["STATUS"]
+            with daemon.client() as client:
+                status = client.status()
+        assert "cuInit failed" in status.no_gpu
+        assert f"no GPU is served: {status.no_gpu}" in describe_status(status, None)
 
 
 def test_a_machine_without_a_driver_is_no_warning(tmp_path: Path) -> None:
