@@ -204,6 +204,11 @@ class Measurement(FiguresFile):
         parts = make_components("cpu")
         seconds, self.attachments = hand_over_all(self.client, self.uuid, parts)
         self.meet(HAND_OVER_FROM_HOST, seconds)
+        self.add("rate from pageable host memory", self.nbytes / GIB / seconds, "GiB/s")
+        for (_, tensors), attachment in zip(parts, self.attachments, strict=True):
+            for name, view in attachment.tensors().items():
+                assert torch.equal(view, tensors[name].to("cuda")), name
+                del view
 
 
 def measure(directory: Path, path: Path) -> int:

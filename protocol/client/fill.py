@@ -54,11 +54,14 @@ class RegionWriter:
         return view_tensors(self._bytes, self.component.tensors)
 
     def copy_tensors(self, sources: Mapping[str, torch.Tensor]) -> None:
-        """Copy tensors of the manifest's names, shapes and dtypes in, from any device."""
+        """Copy tensors of the manifest's names, shapes and dtypes in, from any device.
+
+        Ordinary host memory goes in by several threads, and is not waited for by streams: whatever
+        wrote to it or to the region must be done. Raises BadMessage and CudaError.
+        """
         from ..regions.views import copy_into
 
-        copy_into(self.tensors(), sources)
-        self.progressed(sum(tensor.nbytes for tensor in self.component.tensors))
+        copy_into(self._bytes, self.component.tensors, sources, self.progressed)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write bytes at an offset of the region."""

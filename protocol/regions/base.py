@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import abc
+import ctypes
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from ..errors import ProbeFailed
 from ..messages import RegionKind
-from .file_parts import FilePart, OnBytes, unheard
+from .file_parts import FilePart, OnBytes, Source, unheard
 
 # Read from a file at a time, where the bytes must pass through this process.
 _STAGE_BYTES = 32 * 1024 * 1024
@@ -115,15 +117,26 @@ class RegionMapping(abc.ABC):
     ) -> None:
         """Read many parts of a file, which must not overlap in the region, in any order.
 
-        Like :meth:`read_file`; here through one pageable buffer, in order.
+        Like :meth:`read_file`.
         """
+        self.fill_parts(partial(read_exactly, descriptor), parts, on_bytes)
+
+    def copy_host_parts(self, parts: Sequence[FilePart], on_bytes: OnBytes = unheard) -> None:
+        """Copy many parts of this process's memory, whose positions are addresses.
+
+        Like :meth:`read_file_parts`. Nothing reads them any more when this returns or raises.
+        """
+        self.fill_parts(copy_host_bytes, parts, on_bytes)
+
+    def fill_parts(self, source: Source, parts: Sequence[FilePart], on_bytes: OnBytes) -> None:
+        """What both are: here through one pageable buffer, in order."""
         self._check_parts(parts)
         longest = max((part.length for part in parts), default=0)
         stage = memoryview(bytearray(min(longest, _STAGE_BYTES)))
         for position, offset, length in parts:
             for done in range(0, length, _STAGE_BYTES):
                 piece = stage[: length - done]
-                read_exactly(descriptor, position + done, piece)
+                source(position + done, piece)
                 self.write(offset + done, piece)
                 on_bytes(piece.nbytes)
 
@@ -172,6 +185,11 @@ def read_exactly(descriptor: int, position: int, target: memoryview) -> None:
             missing = target.nbytes - done
             raise EOFError(f"the file ends at byte {position + done}, {missing} bytes too early")
         done += got
+
+
+def copy_host_bytes(address: int, target: memoryview) -> None:
+    """Fill ``target`` with the bytes at an address of this process. Other threads run meanwhile."""
+    ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(target)), address, target.nbytes)
 
 
 def check_range(offset: int, length: int, nbytes: int) -> None:

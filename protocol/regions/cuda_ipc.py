@@ -20,8 +20,8 @@ from .base import (
     check_range,
 )
 from .cuda_driver import CudaDriver, CudaError, CudaUnavailable
-from .file_parts import FilePart, OnBytes, unheard
-from .staging import read_through_pinned
+from .file_parts import FilePart, OnBytes, Source
+from .staging import fill_through_pinned
 
 _OUT_OF_MEMORY = 2
 
@@ -120,15 +120,13 @@ class CudaIpcMapping(RegionMapping):
         with self._driver.context(self.ordinal):
             self._driver.copy_to_device(self.address + offset, data)
 
-    def read_file_parts(
-        self, descriptor: int, parts: Sequence[FilePart], on_bytes: OnBytes = unheard
-    ) -> None:
+    def fill_parts(self, source: Source, parts: Sequence[FilePart], on_bytes: OnBytes) -> None:
         """Also raises CudaError. Does not wait for what other streams do to the region."""
         self._check_parts(parts)
-        rest = read_through_pinned(
-            self._driver, self.ordinal, self.address, descriptor, parts, on_bytes
+        rest = fill_through_pinned(
+            self._driver, self.ordinal, self.address, source, parts, on_bytes
         )
-        super().read_file_parts(descriptor, rest, on_bytes)
+        super().fill_parts(source, rest, on_bytes)
 
     def copy_region(self, source: RegionMapping) -> None:
         if not isinstance(source, CudaIpcMapping) or source.ordinal != self.ordinal:

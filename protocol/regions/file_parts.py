@@ -1,4 +1,4 @@
-"""What a fill reads from a file: parts, and the batches in which they are read."""
+"""What a fill takes from a file or from host memory: parts, and the batches in which they come."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 
 class FilePart(NamedTuple):
-    """``length`` bytes of a file at ``position`` belong into the region at ``offset``."""
+    """``length`` bytes at ``position`` belong into the region at ``offset``.
+
+    A position in a file, or an address in host memory.
+    """
 
     position: int
     offset: int
@@ -15,6 +18,8 @@ class FilePart(NamedTuple):
 
 
 Batch = list[FilePart]
+Source = Callable[[int, memoryview], None]
+"""Fills a target with what is at a position: a file, or host memory. Called by several threads."""
 OnBytes = Callable[[int], None]
 """Told in the caller's thread how many bytes more are in the region, and about 20 times a second 0
 when there are none. What it raises ends the reading and passes through."""

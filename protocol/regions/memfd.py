@@ -23,9 +23,8 @@ from .base import (
     RegionMapping,
     RegionOwner,
     check_range,
-    read_exactly,
 )
-from .file_parts import Batch, FilePart, OnBytes, plan_batches, unheard
+from .file_parts import Batch, FilePart, OnBytes, Source, plan_batches
 from .readers import read_in_parallel
 
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # from the first moment
@@ -175,17 +174,15 @@ class MemfdMapping(RegionMapping):
         self._require_writable()
         self.buffer(offset, len(data))[:] = data
 
-    def read_file_parts(
-        self, descriptor: int, parts: Sequence[FilePart], on_bytes: OnBytes = unheard
-    ) -> None:
+    def fill_parts(self, source: Source, parts: Sequence[FilePart], on_bytes: OnBytes) -> None:
         self._check_parts(parts)
         self._require_writable()
 
         def read(batch: Batch) -> None:
-            # The kernel copies from the file's pages to the region's: nothing lies in between.
+            # From the file's pages or the source's to the region's: nothing lies in between.
             for position, offset, length in batch:
                 with self.buffer(offset, length) as target:
-                    read_exactly(descriptor, position, target)
+                    source(position, target)
 
         batches = list(plan_batches(parts, _BATCH_BYTES))
         readers = min(_READERS, len(batches))

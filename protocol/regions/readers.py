@@ -1,4 +1,4 @@
-"""Several threads that read one file into one region; ``preadv`` and the driver release the GIL."""
+"""Several threads that fill one region: ``preadv``, ``memmove`` and the driver release the GIL."""
 
 from __future__ import annotations
 

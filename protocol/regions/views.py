@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import BadMessage
 from ..manifest import DTYPE_BYTES, TensorSpec, lay_out
 from .base import MappingBytes
+from .file_parts import FilePart, OnBytes, unheard
 
 if TYPE_CHECKING:
     import torch
@@ -101,8 +102,18 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
     return lay_out(specs, aliases)
 
 
-def copy_into(views: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> None:
-    """Copy each source into the view of its name; shapes and dtypes must agree."""
+def copy_into(
+    region: MappingBytes,
+    tensors: Sequence[TensorSpec],
+    sources: Mapping[str, torch.Tensor],
+    on_bytes: OnBytes = unheard,
+) -> None:
+    """Copy the source of each spec's name to its place; shapes and dtypes must agree.
+
+    Those in pageable host memory are there when this returns, others once the device is
+    synchronised. Raises BadMessage, before anything is copied, and CudaError.
+    """
+    views = view_tensors(region, tensors)
     for name, view in views.items():
         source = sources[name]
         if source.shape != view.shape or source.dtype != view.dtype:
@@ -110,7 +121,40 @@ def copy_into(views: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Ten
                 f"tensor {name!r} is {tuple(source.shape)} {source.dtype}, "
                 f"its manifest says {tuple(view.shape)} {view.dtype}"
             )
-        view.copy_(source.detach(), non_blocking=True)
+    pageable = {}  # tied names are one range, and threads must not write it at once
+    for spec in tensors:
+        view, source = views[spec.name], sources[spec.name]
+        if _is_pageable_bytes(source, view, region) and source.nbytes == spec.nbytes:
+            pageable[spec.offset] = FilePart(source.data_ptr(), spec.offset, spec.nbytes)
+        else:
+            view.copy_(source.detach(), non_blocking=True)
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        on_bytes(nbytes)
+
+    region.mapping.copy_host_parts(list(pageable.values()), count)
+    on_bytes(sum(spec.nbytes for spec in tensors) - done)
+
+
+def _is_pageable_bytes(source: torch.Tensor, view: torch.Tensor, region: MappingBytes) -> bool:
+    """Whether the view's bytes are those at the source's address, which only the CPU reads fast.
+
+    The device copies from pinned memory by itself, in the order of the stream that may still be
+    writing it.
+    """
+    import torch
+
+    return (
+        type(source) in (torch.Tensor, torch.nn.Parameter)
+        and source.device.type == "cpu"
+        and source.layout == torch.strided
+        and (source.stride() == view.stride() or (source.is_contiguous() and view.is_contiguous()))
+        and not source.is_neg()
+        and (region.mapping.on_host or not source.is_pinned())
+    )
 
 
 def _contiguous(shape: list[int]) -> list[int]:

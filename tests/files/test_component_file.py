@@ -216,7 +216,7 @@ def test_a_file_that_changes_meanwhile_is_not_committed(
 class PlainMapping(MemfdMapping):
     """Host memory behind the way that device memory is filled."""
 
-    read_file_parts = RegionMapping.read_file_parts
+    fill_parts = RegionMapping.fill_parts
 
 
 @pytest.mark.parametrize("kind", [MemfdMapping, PlainMapping])

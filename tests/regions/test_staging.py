@@ -1,4 +1,4 @@
-"""Files into device memory through pinned memory, and everything that can fail on the way.
+"""Files and host tensors into device memory through pinned memory, and all that can fail then.
 
 Against the fake driver, or the real one with XDIT_TEST_REAL_CUDA=1.
 """
@@ -18,17 +18,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from fake_cuda import build
 from fake_cuda.peer import Peer
 from hypothesis import given
 from hypothesis import strategies as st
 from weights_files import memory_file
 from xdit_sidecar.protocol.errors import ProbeFailed
+from xdit_sidecar.protocol.manifest import TensorSpec
 from xdit_sidecar.protocol.regions import staging
+from xdit_sidecar.protocol.regions.base import MappingBytes
 from xdit_sidecar.protocol.regions.cuda_driver import LIBRARY_VARIABLE, CudaDriver, CudaError
 from xdit_sidecar.protocol.regions.cuda_ipc import CudaIpcMapping
 from xdit_sidecar.protocol.regions.file_parts import Batch, FilePart, plan_batches
 from xdit_sidecar.protocol.regions.readers import Read, read_in_parallel
+from xdit_sidecar.protocol.regions.views import copy_into, describe_tensors
 
 REAL = os.environ.get("XDIT_TEST_REAL_CUDA") == "1"
 MIB = 1 << 20
@@ -57,6 +61,7 @@ pytestmark = (
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[CudaDriver]:
     monkeypatch.setattr(staging, "WORTHWHILE_BYTES", 1)
     monkeypatch.setattr(staging, "BUFFER_BYTES", BUFFER)
+    monkeypatch.setattr(staging, "READERS", 4)
     if not REAL:
         monkeypatch.setenv(LIBRARY_VARIABLE, build.fake_libcuda())
         monkeypatch.setenv("FAKE_CUDA_STATE", str(tmp_path / "devices"))
@@ -257,6 +262,82 @@ def test_the_fake_refuses_what_it_should(driver: CudaDriver) -> None:
         with pytest.raises(CudaError, match=r"INVALID_HANDLE"):
             driver.stream_synchronize(stream)
         driver.mem_free(base)
+    assert_nothing_left()
+
+
+# --- tensors of the host ---
+
+
+def host_tensors() -> dict[str, torch.Tensor]:
+    """One of many buffers, many of one, some that torch copies, two tied."""
+    tensors = {f"small.{i}": torch.randn(11 + i) for i in range(40)}
+    tensors["large"] = torch.randn(700, 512)
+    tensors["half"] = torch.randn(300, 33).to(torch.bfloat16)
+    tensors["every other"] = torch.randn(30, 64)[:, ::2]
+    tensors["nothing"] = torch.empty(0, 4)
+    tensors["tied"] = tensors["large"]
+    return tensors
+
+
+def content_of(specs: list[TensorSpec], tensors: dict[str, torch.Tensor]) -> bytes:
+    memory = bytearray(SIZE)
+    for spec in specs:
+        flat = tensors[spec.name].contiguous().reshape(-1).view(torch.uint8)
+        memory[spec.offset : spec.offset + spec.nbytes] = flat.numpy().tobytes()
+    return bytes(memory)
+
+
+@pytest.mark.parametrize("worthwhile", [1, SIZE], ids=["pinned", "too little to pin"])
+def test_tensors_land_where_they_belong(
+    region: CudaIpcMapping, monkeypatch: pytest.MonkeyPatch, worthwhile: int
+) -> None:
+    monkeypatch.setattr(staging, "WORTHWHILE_BYTES", worthwhile)
+    monkeypatch.setenv("FAKE_CUDA_ASYNC_MS", "3")
+    tensors = host_tensors()
+    specs = describe_tensors(tensors)
+    done: list[int] = []
+    copy_into(MappingBytes(region), specs, tensors, done.append)
+    region.synchronize()
+    assert region.read(0, SIZE) == content_of(specs, tensors)
+    assert sum(done) == sum(spec.nbytes for spec in specs)
+    assert_nothing_left()
+
+
+def test_no_more_is_pinned_for_more_bytes(
+    region: CudaIpcMapping, driver: CudaDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[int] = []
+    alloc = driver.mem_host_alloc
+
+    def count(nbytes: int) -> int:
+        pinned.append(nbytes)
+        return alloc(nbytes)
+
+    monkeypatch.setattr(driver, "mem_host_alloc", count)
+    weight = torch.zeros(3 * MIB, dtype=torch.uint8)
+    copy_into(MappingBytes(region), describe_tensors({"w": weight}), {"w": weight})
+    assert pinned == [BUFFER] * 4
+
+
+def test_who_gives_up_on_tensors_gets_its_own_error_back(region: CudaIpcMapping) -> None:
+    def give_up(_nbytes: int) -> None:
+        raise InterruptedError("enough")
+
+    tensors = host_tensors()
+    with pytest.raises(InterruptedError, match="enough"):
+        copy_into(MappingBytes(region), describe_tensors(tensors), tensors, give_up)
+    assert_nothing_left()
+
+
+@fake_only
+def test_a_device_that_fails_under_tensors(
+    region: CudaIpcMapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = host_tensors()
+    monkeypatch.setenv("FAKE_CUDA_FAIL", "cuMemcpyHtoDAsync_v2=719")
+    with pytest.raises(CudaError, match="CUDA_ERROR_LAUNCH_FAILED"):
+        copy_into(MappingBytes(region), describe_tensors(tensors), tensors)
+    monkeypatch.delenv("FAKE_CUDA_FAIL")
     assert_nothing_left()
 
 

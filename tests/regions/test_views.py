@@ -8,7 +8,7 @@ import components
 import pytest
 import torch
 from xdit_sidecar.protocol.errors import BadMessage, RegionUnavailable, StillMapped
-from xdit_sidecar.protocol.manifest import TensorSpec, region_bytes
+from xdit_sidecar.protocol.manifest import TensorSpec, lay_out, region_bytes
 from xdit_sidecar.protocol.regions.base import MappingBytes
 from xdit_sidecar.protocol.regions.memfd import MemfdMapping, MemfdOwner
 from xdit_sidecar.protocol.regions.views import (
@@ -41,8 +41,11 @@ def test_views_have_the_bytes_shapes_and_strides_of_their_sources(owner: MemfdOw
     nbytes = region_bytes(specs)
     owner.allocate(REGION, nbytes)
     mapping = open_region(owner, nbytes, writable=True)
-    views = view_tensors(MappingBytes(mapping), specs)
-    copy_into(views, sources)
+    region = MappingBytes(mapping)
+    counted: list[int] = []
+    copy_into(region, specs, sources, counted.append)
+    assert sum(counted) == sum(spec.nbytes for spec in specs)
+    views = view_tensors(region, specs)
     for name, source in sources.items():
         assert torch.equal(views[name], source)
         assert views[name].stride() == source.stride()
@@ -54,7 +57,42 @@ def test_views_have_the_bytes_shapes_and_strides_of_their_sources(owner: MemfdOw
     views["scale"].fill_(7)
     spec = next(spec for spec in specs if spec.name == "scale")
     assert owner.read(REGION, spec.offset, 4) == torch.tensor(7.0).numpy().tobytes()
-    del views
+    del views, region
+    mapping.close()
+
+
+def test_sources_that_are_not_the_bytes_of_their_views(owner: MemfdOwner) -> None:
+    class Doubled(torch.Tensor):
+        """As quantised tensors are: the data is not at its address."""
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.data_ptr:
+                raise AssertionError("its memory is not its content")
+            return super().__torch_function__(func, types, args, kwargs)
+
+    plain = torch.arange(12.0).reshape(3, 4)
+    sources = {
+        "transposed": torch.arange(12.0).reshape(4, 3).t(),
+        "every other": torch.arange(24.0).reshape(3, 8)[:, ::2],
+        "expanded": torch.arange(4.0).expand(3, 4),
+        "negated": torch.complex(plain, plain).conj().imag,
+        "subclass": plain.clone().as_subclass(Doubled),
+        "parameter": torch.nn.Parameter(plain.clone()),
+        "one row": torch.arange(100.0).as_strided((1, 4), (77, 1)),
+        "mine": torch.arange(12.0).reshape(3, 4),
+    }
+    specs = lay_out(
+        [TensorSpec(name, "F32", list(source.shape)) for name, source in sources.items()]
+    )
+    owner.allocate(REGION, 2**21)
+    mapping = open_region(owner, 2**21, writable=True)
+    region = MappingBytes(mapping)
+    copy_into(region, specs, sources)
+    for name, view in view_tensors(region, specs).items():
+        assert torch.equal(view, sources[name]), name
+        del view
+    del region
     mapping.close()
 
 
@@ -95,10 +133,10 @@ def test_a_tensor_beyond_its_region_is_refused(owner: MemfdOwner) -> None:
 def test_a_source_of_another_shape_is_refused(owner: MemfdOwner) -> None:
     owner.allocate(REGION, 2**21)
     mapping = open_region(owner, 2**21, writable=True)
-    views = view_tensors(MappingBytes(mapping), [TensorSpec("w", "F32", [2, 3], 0)])
+    specs = [TensorSpec("v", "F32", [1], 512), TensorSpec("w", "F32", [2, 3], 0)]
     with pytest.raises(BadMessage, match="its manifest says"):
-        copy_into(views, {"w": torch.zeros(3, 2)})
-    del views
+        copy_into(MappingBytes(mapping), specs, {"v": torch.ones(1), "w": torch.zeros(3, 2)})
+    assert mapping.read(512, 4) == bytes(4), "nothing was copied"
     mapping.close()
 
 
