@@ -24,6 +24,7 @@ from ...protocol.errors import BadMessage, SidecarError
 from ..child import die_with_parent
 from .channel import RankChannel
 from .code_cache import code_cache
+from .unused_packages import hide_unused_packages
 
 if TYPE_CHECKING:
     from .worker import Worker
@@ -88,6 +89,7 @@ def main() -> int:
     if (cache := code_cache()) is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     channel = RankChannel(arguments.channel)
+    hide_unused_packages()
     try:
         # After the environment, and before the hello, which tells the daemon which torch this is.
         from .worker import Worker, load_engine
