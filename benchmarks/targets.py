@@ -82,7 +82,7 @@ NEW_SIZE = Target(
 )
 LOAD_WARM = Target(
     "load of the 23.8 GB file, page cache warm",
-    *("gpu-load-file", "warm, 4 readers: seconds", "s", 6.0),
+    *("gpu-load-file", "warm, 8 readers: seconds", "s", 6.0),
 )
 LOAD_COLD = Target(
     "load of the 23.8 GB file, page cache cold, against reading it alone",

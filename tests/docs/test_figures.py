@@ -97,7 +97,7 @@ def expected() -> dict[str, str]:
             f"no crash; {soak('pings_failed')} of {soak('pings'):,} questions of an honest client "
             f"meanwhile had no answer within {slow:.0f} s"
         ),
-        "23.8 GB file": ones(figure(load, "warm, 4 readers: seconds"), unit="s", digits=1)
+        "23.8 GB file": ones(figure(load, "warm, 8 readers: seconds"), unit="s", digits=1)
         + f" (pageable staging: {figure(load, 'warm, pageable: seconds'):.1f} s)",
         "attach it in another process": ones(figure(load, "attach in another process"), unit="ms"),
         "forward at 1024² by the rank": ones(
