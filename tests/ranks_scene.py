@@ -184,10 +184,14 @@ class RanksScene:
 
 
 @contextlib.contextmanager
-def running_ranks(directory: Path, ranks: int, *options: str) -> Iterator[RanksScene]:
+def running_ranks(
+    directory: Path, ranks: int, *options: str, environment: Mapping[str, str] | None = None
+) -> Iterator[RanksScene]:
     """A daemon with so many ranks, for the length of the block."""
     directory.mkdir(exist_ok=True)
-    with running_daemon(directory, "--ranks", str(ranks), *options) as daemon:
+    with running_daemon(
+        directory, "--ranks", str(ranks), *options, environment=environment
+    ) as daemon:
         scene = RanksScene(daemon, directory)
         try:
             scene.wait_until_ready()

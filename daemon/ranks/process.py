@@ -29,6 +29,7 @@ from .unused_packages import hide_unused_packages
 if TYPE_CHECKING:
     from .worker import Worker
 
+_WITH_ALL_PACKAGES = "--with-all-packages"
 # Nothing is ever downloaded, and libraries' advice to developers is not for the daemon's log.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 _FOREVER = 10 * 365 * 86400.0
@@ -73,6 +74,7 @@ def main() -> int:
     parser.add_argument("--runtime-dir", required=True)
     parser.add_argument("--channel", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument(_WITH_ALL_PACKAGES, dest="with_all_packages", action="store_true")
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -89,12 +91,20 @@ def main() -> int:
     if (cache := code_cache()) is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     channel = RankChannel(arguments.channel)
-    hide_unused_packages()
+    if not arguments.with_all_packages:
+        hide_unused_packages()
     try:
         # After the environment, and before the hello, which tells the daemon which torch this is.
-        from .worker import Worker, load_engine
+        try:
+            from .worker import Worker, load_engine
 
-        load_engine(gpu=arguments.gpu)
+            load_engine(gpu=arguments.gpu)
+        except (ImportError, RuntimeError) as error:  # diffusers raises either
+            from .parallel.xfuser_repairs import XfuserUnusable
+
+            if arguments.with_all_packages or isinstance(error, XfuserUnusable):
+                raise
+            _start_with_all_packages(error)
         channel.tell_imported()
         if (assignment := channel.wait_for_assignment()) is None:
             return 0
@@ -123,3 +133,13 @@ def main() -> int:
         return 1
     finally:
         client.close()
+
+
+def _start_with_all_packages(error: Exception) -> NoReturn:
+    """Begin anew in this process's place: some package here cannot do without a hidden one."""
+    print(
+        f"xdit-sidecar-rank: imports everything, as it cannot start without: {error}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], _WITH_ALL_PACKAGES])  # noqa: S606

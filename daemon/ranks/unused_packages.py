@@ -12,6 +12,7 @@ UNUSED = {
     "accelerate": "device maps and offloading; a rank's weights are views of regions",
     "peft": "LoRA; a rank has branches of its own",
     "scipy": "losses and schedulers; a rank trains nothing and has schedules of its own",
+    "sklearn": "measures of assisted generation; it imports scipy",
 }
 
 
