@@ -106,6 +106,22 @@ def expected() -> dict[str, str]:
             unit="ms",
             digits=1,
         ),
+        "the same forward by the rank, compiled": ones(
+            figure(serving, "forward at 1024², service, compiled"), unit="ms", digits=1
+        ),
+        "a step of ComfyUI 0.3.75 with its own loaders": ones(
+            figure("gpu-steps", "stock ComfyUI's step at 1024²"),
+            figure("gpu-steps", "the ranks' step at 1024²"),
+            figure("gpu-steps", "the ranks' step at 1024², fp8_e4m3fn_fast"),
+            unit="ms",
+        ),
+        "of 100 digits of the demo model": ones(
+            figure("gpu-fp8-error", "read rightly of 100, bf16"),
+            figure("gpu-fp8-error", "read rightly of 100, fp8"),
+            unit="",
+        ).strip(),
+        "300 prompts of 4 steps": f"{figure('gpu-prompts', 'errors'):.0f} errors, "
+        + ones(figure("gpu-prompts", "device memory grown"), unit="MiB more device memory"),
         "picture of 1024², 8 steps": ones(
             figure(serving, "1 rank, second picture: 8 steps in all"), unit="s", digits=1
         ),
