@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import gc
 import os
 import signal
 import sys
@@ -25,7 +24,6 @@ from ...protocol.errors import BadMessage, SidecarError
 from ..child import die_with_parent
 from .channel import RankChannel
 from .code_cache import code_cache
-from .deferred_packages import defer_packages, import_diffusers_alone
 from .unused_packages import hide_unused_packages
 
 if TYPE_CHECKING:
@@ -95,25 +93,18 @@ def main() -> int:
     channel = RankChannel(arguments.channel)
     if not arguments.with_all_packages:
         hide_unused_packages()
-        defer_packages()
-    # Imports leave little to collect, and looking for it would be a sixth of their CPU seconds.
-    gc.disable()
     try:
         # After the environment, and before the hello, which tells the daemon which torch this is.
         try:
-            if not arguments.with_all_packages:
-                import_diffusers_alone()
             from .worker import Worker, load_engine
 
             load_engine(gpu=arguments.gpu)
-        except Exception as error:  # of other versions' modules, whatever it is
+        except (ImportError, RuntimeError) as error:  # diffusers raises either
             from .parallel.xfuser_repairs import XfuserUnusable
 
             if arguments.with_all_packages or isinstance(error, XfuserUnusable):
                 raise
             _start_with_all_packages(error)
-        gc.freeze()
-        gc.enable()
         channel.tell_imported()
         if (assignment := channel.wait_for_assignment()) is None:
             return 0
@@ -145,7 +136,7 @@ def main() -> int:
 
 
 def _start_with_all_packages(error: Exception) -> NoReturn:
-    """Begin anew in this process's place: some package cannot do without what is left out."""
+    """Begin anew in this process's place: some package here cannot do without a hidden one."""
     print(
         f"xdit-sidecar-rank: imports everything, as it cannot start without: {error}",
         file=sys.stderr,

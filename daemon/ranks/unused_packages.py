@@ -13,7 +13,6 @@ UNUSED = {
     "peft": "LoRA; a rank has branches of its own",
     "scipy": "losses and schedulers; a rank trains nothing and has schedules of its own",
     "sklearn": "measures of assisted generation; it imports scipy",
-    "trio": "requests to a hub beside other work; a rank makes none",
 }
 
 
