@@ -49,6 +49,16 @@ class ModelChoices(NamedTuple):
         return cls(dtype, fast, degrees, on_problem, keep_resident)
 
     @property
+    def remote_options(self) -> dict[str, Any]:
+        """For :func:`.remote_model.load_remote_model`."""
+        return {
+            "dtype": self.dtype,
+            "fp8_matmul": self.fp8_matmul,
+            "degrees": self.degrees,
+            "keep": self.keep,
+        }
+
+    @property
     def model_options(self) -> dict[str, Any]:
         """For ComfyUI's own loaders, where the model is loaded here."""
         if self.fp8_matmul:

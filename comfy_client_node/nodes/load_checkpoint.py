@@ -86,15 +86,7 @@ class LoadCheckpoint(io.ComfyNode):
                 TextEncoderFile(path, first_prefix(path, _T5, "T5")),
             ]
             vae_prefix = first_prefix(path, _VAE, "VAE")
-            model = load_remote_model(
-                link(),
-                path,
-                choices.dtype,
-                choices.degrees,
-                fp8_matmul=choices.fp8_matmul,
-                keep=choices.keep,
-                node=_NAME,
-            )
+            model = load_remote_model(link(), path, **choices.remote_options, node=_NAME)
             install_check(model, choices.on_problem, load_model_here, node)
             clip = load_shared_clip(link(), encoders, comfy.sd.CLIPType.FLUX, embeddings=embeddings)
             return model, clip, load_shared_vae(link(), path, vae_prefix)

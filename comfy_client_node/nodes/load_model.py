@@ -61,14 +61,7 @@ class LoadModel(io.ComfyNode):
             return comfy.sd.load_diffusion_model(str(path), model_options=choices.model_options)
 
         def load() -> Any:
-            model = load_remote_model(
-                link(),
-                path,
-                choices.dtype,
-                choices.degrees,
-                fp8_matmul=choices.fp8_matmul,
-                keep=choices.keep,
-            )
+            model = load_remote_model(link(), path, **choices.remote_options)
             install_check(model, choices.on_problem, load_here, node)
             return model
 
