@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,7 +26,7 @@ from ...protocol.errors import BadMessage, SidecarError
 from ..child import die_with_parent
 from .channel import RankChannel
 from .code_cache import code_cache
-from .unused_packages import hide_unused_packages
+from .lean_imports import lean_imports
 
 if TYPE_CHECKING:
     from .worker import Worker
@@ -91,20 +93,23 @@ def main() -> int:
     if (cache := code_cache()) is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     channel = RankChannel(arguments.channel)
-    if not arguments.with_all_packages:
-        hide_unused_packages()
+    # Imports leave little to collect, and looking for it would be a sixth of their CPU seconds.
+    gc.disable()
     try:
         # After the environment, and before the hello, which tells the daemon which torch this is.
         try:
-            from .worker import Worker, load_engine
+            with nullcontext() if arguments.with_all_packages else lean_imports():
+                from .worker import Worker, load_engine
 
-            load_engine(gpu=arguments.gpu)
-        except (ImportError, RuntimeError) as error:  # diffusers raises either
+                load_engine(gpu=arguments.gpu)
+        except Exception as error:  # of other versions' modules, whatever it is
             from .parallel.xfuser_repairs import XfuserUnusable
 
             if arguments.with_all_packages or isinstance(error, XfuserUnusable):
                 raise
             _start_with_all_packages(error)
+        gc.freeze()
+        gc.enable()
         channel.tell_imported()
         if (assignment := channel.wait_for_assignment()) is None:
             return 0
@@ -136,7 +141,7 @@ def main() -> int:
 
 
 def _start_with_all_packages(error: Exception) -> NoReturn:
-    """Begin anew in this process's place: some package here cannot do without a hidden one."""
+    """Begin anew in this process's place: some package cannot do without what is left out."""
     print(
         f"xdit-sidecar-rank: imports everything, as it cannot start without: {error}",
         file=sys.stderr,

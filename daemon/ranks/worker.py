@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -251,8 +252,11 @@ class Worker:
 def load_engine(*, gpu: bool) -> None:
     """Import what is imported late otherwise, for ranks on GPUs or on the CPU.
 
-    Makes no CUDA context: that takes memory of the device. Raises XfuserUnusable.
+    Makes no CUDA context: that takes memory of the device. Raises XfuserUnusable, or what diffusers
+    does: ImportError or RuntimeError.
     """
+    for model in ("autoencoders.autoencoder_kl", "transformers.transformer_flux"):
+        importlib.import_module(f"diffusers.models.{model}")
     load_xfuser(torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"))
 
 

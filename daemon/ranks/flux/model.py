@@ -64,7 +64,7 @@ def build_flux(
 
 def empty_flux(config: FluxConfig) -> nn.Module:
     """The same model on torch's meta device: all modules, no bytes."""
-    from diffusers import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     arguments: dict[str, Any] = {
         "patch_size": 1,

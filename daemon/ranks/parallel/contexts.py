@@ -36,7 +36,7 @@ class ParallelContext:
         """
         config.check_world(group.world_size)
         config.check_transport(group.backend, group.device.type)
-        from xfuser import xFuserArgs
+        from xfuser.config import xFuserArgs
         from xfuser.core.distributed import initialize_model_parallel, parallel_state
         from xfuser.core.distributed import runtime_state as runtime
 

@@ -106,7 +106,7 @@ def build_vae(
 
 def empty_vae(config: VaeConfig) -> nn.Module:
     """The same model on torch's meta device: all modules, no bytes."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     levels = len(config.widths)
     arguments: dict[str, Any] = {
