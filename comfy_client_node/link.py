@@ -8,6 +8,7 @@ import threading
 
 import comfy.model_management
 
+from ..protocol.client.attachment import Attachment
 from ..protocol.client.client import Client
 from ..protocol.client.remote import RemoteRanks
 from ..protocol.endpoints import client_places, find_daemon
@@ -75,6 +76,18 @@ class Link:
                 "`xdit-sidecar serve`, without `--ranks 0`"
             )
         return devices
+
+    def spread(self, attachment: Attachment) -> None:
+        """Have a component wherever the ranks work: on their GPUs copied from the one it is on.
+
+        Nobody leases these copies: they stay until there is need of their room. Ranks themselves
+        copy what lies in host memory. Raises SidecarError.
+        """
+        if attachment.device == "cpu":
+            return
+        for device in self.rank_devices():
+            if device not in ("cpu", attachment.device):
+                self.client.copy_to(attachment, device, should_cancel=stop_if_interrupted).release()
 
 
 _lock = threading.Lock()

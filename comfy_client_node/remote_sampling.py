@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ..protocol import messages as m
+from ..protocol.client.attachment import Attachment
 from ..protocol.errors import SidecarError
 from .link import Link, explain
 from .ranks_jobs import COMPUTE, run_on_ranks
@@ -32,7 +33,7 @@ def sample(
     or another RuntimeError, with what to do about it.
     """
     transformer: RemoteTransformer = run.model.model.diffusion_model
-    weights = None if vae is None else shared_vae(vae)
+    weights = None if vae is None else shared_vae(vae).component.fingerprint
     if clip is not None:
         keep_shared(transformer.link, clip)
     tensors = _make_tensors(run)
@@ -54,6 +55,8 @@ def sample(
             bar.update_absolute(step, steps, picture)
 
     def make_job() -> m.Generate:
+        if vae is not None:
+            transformer.link.spread(shared_vae(vae))
         return m.Generate(
             components={**transformer.components(), **components},
             tensors=[],
@@ -88,15 +91,15 @@ def keep_shared(link: Link, clip: Any) -> None:
         raise RuntimeError(explain(error)) from None
 
 
-def shared_vae(vae: Any) -> str:
-    """The fingerprint of a VAE's component. Raises RuntimeError if it is not shared."""
+def shared_vae(vae: Any) -> Attachment:
+    """A VAE's component. Raises RuntimeError if it is not shared."""
     shared = SharedWeights.of(vae.first_stage_model)
     if shared is None or not shared.attachments:
         raise RuntimeError(
             "this VAE is not shared with the daemon: load it with Load VAE (xDiT), or put XDiT "
             "Share behind its loader"
         )
-    return shared.attachments[0].component.fingerprint
+    return shared.attachments[0]
 
 
 def run_vae(link: Link, vae: Any, job: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -107,7 +110,9 @@ def run_vae(link: Link, vae: Any, job: Any, name: str, tensor: torch.Tensor) -> 
     compute = COMPUTE[vae.vae_dtype]
 
     def make_job() -> Any:
-        return job(components={"vae": shared_vae(vae)}, tensors=[], compute=compute)
+        weights = shared_vae(vae)
+        link.spread(weights)
+        return job(components={"vae": weights.component.fingerprint}, tensors=[], compute=compute)
 
     renew = partial(renew_shared, link, vae.first_stage_model)
     (output,) = run_on_ranks(link, make_job, {name: tensor}, renew).values()

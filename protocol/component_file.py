@@ -14,11 +14,12 @@ from .client.client import Client
 from .client.deadline import ShouldCancel
 from .client.fill import RegionWriter
 from .client.progress import OnProgress
-from .errors import BadFile
+from .errors import BadFile, SidecarError
 from .fingerprint import fingerprint_file
 from .manifest import TensorSpec, lay_out
 from .messages import Component
 from .regions.base import read_exactly
+from .regions.cuda_driver import CudaError
 from .regions.file_parts import FilePart
 from .regions.views import torch_dtype
 from .safetensors_file import FileTensor, SafetensorsFile
@@ -129,10 +130,16 @@ def hand_over_file(
 ) -> Attachment:
     """Attach the component if it is resident; else make it so. Errors of Client.hand_over.
 
-    Where somebody has it already only the file's header was read. ``device`` is "cpu" or a GPU's
-    UUID. ``timeout`` (seconds) counts from the last bytes that came, so that a slow disk has its
-    time. ``on_progress`` is told bytes done and in all, also while another client fills.
+    Where somebody has it already only the file's header was read; what is resident on one GPU is
+    copied from there to the next, so that N of them do not read N times. ``device`` is "cpu" or a
+    GPU's UUID. ``timeout`` (seconds) counts from the last bytes that came, so that a slow disk has
+    its time. ``on_progress`` is told bytes done and in all, also while another client fills.
     """
+
+    def fill(writer: RegionWriter) -> None:
+        if not _copy_from_peer(client, file, device, writer):
+            file.fill(writer)
+
     began = time.monotonic()
     found = client.attach(
         file.component.fingerprint, device, timeout=timeout, should_cancel=should_cancel
@@ -142,11 +149,34 @@ def hand_over_file(
     return client.hand_over(
         file.component,
         device,
-        file.fill,
+        fill,
         timeout=max(0.1, timeout - (time.monotonic() - began)),
         should_cancel=should_cancel,
         on_progress=on_progress,
     )
+
+
+def _copy_from_peer(client: Client, file: ComponentFile, device: str, writer: RegionWriter) -> bool:
+    """Fill from another GPU that has the component. False where none has, or it is out of reach."""
+    for peer in client.devices():
+        if "cpu" in (device, peer) or peer == device:
+            continue
+        try:
+            found = client.attach(file.component.fingerprint, peer)
+        except SidecarError:  # another process's GPU
+            continue
+        if found is None:
+            continue
+        with found:
+            if found.component.tensors != writer.component.tensors:
+                continue
+            try:
+                writer.copy_region(found.mapping)
+                writer.mapping.synchronize()
+            except CudaError:
+                continue
+            return True
+    return False
 
 
 def _converted(spec: TensorSpec, wanted: str | Mapping[str, str] | None) -> str:

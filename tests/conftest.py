@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,28 @@ def platform(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[platforms.Platform]:
     """Each device that regions can lie on, with this process set up for it."""
-    made = platforms.make_platform(request.param, tmp_path)
+    with _set_up(platforms.make_platform(request.param, tmp_path), monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Their UUIDs, with this process set up for CUDA on two GPUs."""
+    made = platforms.make_platform(platforms.PLATFORMS[-1], tmp_path)
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "2")
+    with _set_up(made, monkeypatch):
+        driver = CudaDriver.load()
+        if driver.device_count() < 2:
+            pytest.skip("NOT TESTED on real CUDA: this machine has one GPU")
+        yield [driver.device_uuid(ordinal) for ordinal in range(2)]
+        if made.name == "fake-cuda":
+            driver.release_primary_context(1)
+
+
+@contextmanager
+def _set_up(
+    made: platforms.Platform, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[platforms.Platform]:
     for name, value in made.environment.items():
         monkeypatch.setenv(name, value)
     yield made

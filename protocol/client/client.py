@@ -202,10 +202,26 @@ class Client:
         its parameters at the new tensors and releases the old attachment; when everyone has done
         so there is one copy again.
         """
+        return self.copy_to(
+            attachment, attachment.device, timeout=timeout, should_cancel=should_cancel
+        )
+
+    def copy_to(
+        self,
+        attachment: Attachment,
+        device: str,
+        *,
+        timeout: float = 120.0,
+        should_cancel: ShouldCancel | None = None,
+    ) -> Attachment:
+        """The component on ``device`` too: attached, or filled from this process's mapping.
+
+        From one GPU to another the bytes do not pass through this process's memory.
+        """
         held = attachment.hold()  # stays mapped, whoever releases it meanwhile
         return self.hand_over(
             attachment.component,
-            attachment.device,
+            device,
             lambda writer: writer.copy_region(held.mapping),
             timeout=timeout,
             should_cancel=should_cancel,

@@ -89,7 +89,7 @@ class RegionWriter:
         self.mapping.read_file_parts(descriptor, parts, count)
 
     def copy_region(self, source: RegionMapping) -> None:
-        """Copy a whole region of the same layout, for example one whose keeper died."""
+        """Copy a whole region of the same layout: of another device, or one whose keeper died."""
         self.mapping.copy_region(source)
         self.progressed(source.nbytes)
 

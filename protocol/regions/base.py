@@ -145,7 +145,7 @@ class RegionMapping(abc.ABC):
             check_range(part.offset, part.length, self.nbytes)
 
     def copy_region(self, source: RegionMapping) -> None:
-        """Copy a whole region of the same layout, for example one whose keeper died."""
+        """Copy a whole region of the same layout: of another device, or one whose keeper died."""
         for offset in range(0, source.nbytes, _STAGE_BYTES):
             length = min(_STAGE_BYTES, source.nbytes - offset)
             self.write(offset, source.read(offset, length))

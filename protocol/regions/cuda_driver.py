@@ -42,6 +42,8 @@ _ATTRIBUTE_MEMORY_TYPE = 2
 _MEMORY_TYPE_HOST = 1
 _HOST_ALLOC_PORTABLE = 1
 _STREAM_NON_BLOCKING = 1
+_PEER_ACCESS_ALREADY_ENABLED = 704
+_PEER_ACCESS_UNSUPPORTED = 217
 _NAME_BYTES = 256
 # A read-only buffer has no address that ctypes may take, so it is copied in pieces of this size.
 _STAGE_BYTES = 16 << 20
@@ -220,6 +222,24 @@ class CudaDriver:
             primary.users += 1
             return primary
 
+    def reach_peer(self, ordinal: int, peer: int) -> bool:
+        """Let one device read another's memory by itself, as NVLink or PCIe allow.
+
+        False where they do not: copies between the two go through host memory then, and are right
+        all the same. What another library enabled before stays so.
+        """
+        with self.context(peer):
+            pass
+        with self.context(ordinal):
+            try:
+                self._call("cuCtxEnablePeerAccess", self._contexts[peer].pointer, 0)
+            except CudaError as error:
+                if error.code == _PEER_ACCESS_UNSUPPORTED:
+                    return False
+                if error.code != _PEER_ACCESS_ALREADY_ENABLED:
+                    raise
+        return True
+
     def release_primary_context(self, ordinal: int) -> None:
         """Give up the hold that ``context`` took, if any. The process's last hold frees its memory.
 
@@ -344,7 +364,10 @@ class CudaDriver:
         return host.raw
 
     def copy_on_device(self, dst: int, src: int, nbytes: int) -> None:
-        """Copy ``nbytes`` between allocations. Returns before it is done: ``synchronize``."""
+        """Copy ``nbytes`` between allocations, also of two devices: see `reach_peer`.
+
+        Returns before it is done: ``synchronize``.
+        """
         _require_bytes(nbytes)
         if nbytes:
             self._call("cuMemcpyDtoD_v2", dst, src, nbytes)

@@ -129,9 +129,11 @@ class CudaIpcMapping(RegionMapping):
         super().fill_parts(source, rest, on_bytes)
 
     def copy_region(self, source: RegionMapping) -> None:
-        if not isinstance(source, CudaIpcMapping) or source.ordinal != self.ordinal:
+        if not isinstance(source, CudaIpcMapping):
             super().copy_region(source)
             return
+        if source.ordinal != self.ordinal:
+            self._driver.reach_peer(self.ordinal, source.ordinal)
         with self._driver.context(self.ordinal):
             self._driver.copy_on_device(self.address, source.address, source.nbytes)
 

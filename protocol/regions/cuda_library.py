@@ -52,6 +52,7 @@ _SIGNATURES: Mapping[str, tuple[type, ...]] = {
     "cuCtxPushCurrent_v2": (Context,),
     "cuCtxPopCurrent_v2": (ctypes.POINTER(Context),),
     "cuCtxSynchronize": (),
+    "cuCtxEnablePeerAccess": (Context, UInt),
     "cuMemGetInfo_v2": (ctypes.POINTER(Size), ctypes.POINTER(Size)),
     "cuMemAlloc_v2": (ctypes.POINTER(DevicePointer), Size),
     "cuMemFree_v2": (DevicePointer,),

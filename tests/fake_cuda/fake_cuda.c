@@ -221,6 +221,18 @@ int cuDevicePrimaryCtxRelease_v2(int device)
     return code;
 }
 
+/* Nothing to enable: any device's memory can be copied from. */
+int cuCtxEnablePeerAccess(struct context *peer, unsigned flags)
+{
+    struct context *context;
+    int code = begin_in_context("cuCtxEnablePeerAccess", &context);
+    if (code)
+        return code;
+    if (flags || !peer || peer == context)
+        return INVALID_VALUE;
+    return peer->retained ? OK : INVALID_CONTEXT;
+}
+
 int cuCtxPushCurrent_v2(struct context *context)
 {
     int code = begin("cuCtxPushCurrent_v2");
