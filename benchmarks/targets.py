@@ -105,9 +105,17 @@ PROMPTS_HOST = Target(
     *("gpu-prompts", "host memory grown", "MiB", 128.0),
 )
 PROMPTS_ERRORS = Target("… errors", *("gpu-prompts", "errors", "", 0.0))
+# By GPUs and pixels of a side; a step against one GPU's, both as fast as they can.
+SPEED_UPS = {
+    (gpus, side): Target(
+        f"{gpus} GPUs at {side}²: faster than one",
+        *("gpu-several", f"{gpus} GPUs at {side}²: speed-up", "×", least, True),
+    )
+    for gpus, side, least in ((2, 1024, 1.7), (2, 2048, 1.85), (4, 1024, 2.7), (4, 2048, 3.3))
+}
 
 TARGETS = (
     *(HAND_OVER, HAND_OVER_FROM_HOST, ATTACH, LOADERS, LOADERS_READ, COPIES, COPIES_IN_COMFYUI),
     *(SERVICE, STOCK, STOCK_FP8, FLOOR, NEW_SIZE, LOAD_WARM, LOAD_COLD, LOAD_HOST_MEMORY),
-    *(RANK_KILLED, PROMPTS_DEVICE, PROMPTS_HOST, PROMPTS_ERRORS),
+    *(RANK_KILLED, PROMPTS_DEVICE, PROMPTS_HOST, PROMPTS_ERRORS, *SPEED_UPS.values()),
 )

@@ -1,4 +1,4 @@
-"""Memory of the first GPU, in all and by process, as the driver counts it."""
+"""Memory of a GPU, in all and by process, as the driver counts it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def read_memory(names: Mapping[int, str]) -> dict[str, Any]:
+def read_memory(names: Mapping[int, str], index: int = 0) -> dict[str, Any]:
     """Bytes ``used`` and by name of process; nothing where there is no GPU."""
     try:
         import pynvml
@@ -15,7 +15,7 @@ def read_memory(names: Mapping[int, str]) -> dict[str, Any]:
     except Exception:  # noqa: BLE001  no such package, no driver
         return {}
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         found: dict[str, Any] = {"used": int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)}
         try:
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)

@@ -122,11 +122,12 @@ def run_daemon(
     story: Story,
     *more: str,
     compiles: str = "off",
+    device: str = "cuda",
 ) -> None:
     """A daemon with everything handed over, for the length of a story; ``more`` are its options."""
     directory.mkdir()
     options = ("--ranks", str(ranks), "--deadline", "120", "--compile", compiles, *more)
-    with running_daemon(directory, *options, device="cuda") as daemon:
+    with running_daemon(directory, *options, device=device) as daemon:
         try:
             with daemon.client("bench") as client:
                 began = time.perf_counter()

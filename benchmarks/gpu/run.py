@@ -151,6 +151,7 @@ STAGES: dict[str, Stage] = {
     "steps": program("steps"),
     "fp8": program("fp8_error"),
     "comfyui": comfyui_stage,
+    "several": program("several_gpus"),
 }
 
 

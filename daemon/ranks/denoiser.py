@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,7 +19,8 @@ from ..models.memory import forward_bytes
 from .components import OpenComponent, OpenComponents
 from .dtypes import DTYPES
 from .flux.adapters import LoraStack, applied, from_file
-from .flux.compiled_forward import CompiledForward
+from .flux.compilation import Compilation
+from .flux.compiled_forward import CompiledForward, CompiledShares
 from .flux.fp8_products import own_bytes, use_fp8_products
 from .flux.latents import from_tokens, to_inputs
 from .flux.missing_guidance import allow_missing_guidance
@@ -71,10 +72,12 @@ class _Resident:
         component: OpenComponent,
         compute: m.ComputeDtype,
         reservation: Reservation | None,
-        refusal: str | None,
-        compiles: bool,
+        compile_forwards: Callable[[ParallelFlux], list[CompiledForward]],
     ) -> None:
-        """``reservation``: of the copies for products in fp8, if that is how it multiplies."""
+        """``reservation``: of the copies for products in fp8, if that is how it multiplies.
+
+        ``compile_forwards`` gives none, or that for all tokens and perhaps that for shares of them.
+        """
         self.label = component.component.label
         self.compute: m.ComputeDtype = compute
         self.fp8_matmul = reservation is not None
@@ -92,7 +95,7 @@ class _Resident:
         allow_missing_guidance(loaded.model)
         self.flux = ParallelFlux(loaded.model)
         self.casts = bool(loaded.cast_layers)
-        self.compiled = CompiledForward(self.flux, refusal=refusal) if compiles else None
+        self.compiled = compile_forwards(self.flux)
         self.pipefusion = PipeFusion(
             self.flux, KvStore(max_entries=_MOST_RUNS, max_bytes=_RUN_BYTES)
         )
@@ -161,8 +164,9 @@ class Denoiser:
                     adapters=str(options.adapters),
                     reserve=reserve,
                 ).output
-            elif resident.compiled is not None and stack is None and context.config.sequence == 1:
-                tokens = resident.compiled.forward(context, inputs)
+            elif resident.compiled and stack is None:
+                compiled = resident.compiled[context.config.sequence > 1]
+                tokens = compiled.forward(context, inputs)
             else:
                 tokens = resident.flux.forward(context, inputs)
         return from_tokens(tokens, placement)
@@ -170,9 +174,10 @@ class Denoiser:
     def compile_piece(self) -> None:
         """Compile a piece of the first transformer that waits for it; no rank needs another."""
         for resident in self._components.built(_Resident):
-            if resident.compiled is not None and resident.compiled.compilation.next_piece:
-                resident.compiled.compile_piece()
-                return
+            for compiled in resident.compiled:
+                if compiled.compilation.next_piece:
+                    compiled.compile_piece()
+                    return
 
     def transformers(self) -> list[m.TransformerStatus]:
         """How forwards of each resident transformer run; none where nothing is ever compiled."""
@@ -181,11 +186,11 @@ class Denoiser:
                 label=resident.label,
                 compute=resident.compute,
                 fp8_matmul=resident.fp8_matmul,
-                state=resident.compiled.compilation.state,
-                reason=resident.compiled.compilation.reason,
+                state=compilation.state,
+                reason=compilation.reason,
             )
             for resident in self._components.built(_Resident)[: limits.TRANSFORMERS]
-            if resident.compiled is not None
+            for compilation in _most_telling(resident.compiled)
         ]
 
     @property
@@ -220,10 +225,18 @@ class Denoiser:
                 component,
                 options.compute,
                 self._reservation if options.fp8_matmul else None,
-                self._refusal,
-                self._compiles,
+                self._compiled_forwards,
             ),
         )
+
+    def _compiled_forwards(self, flux: ParallelFlux) -> list[CompiledForward]:
+        if not self._compiles:
+            return []
+        alone = CompiledForward(flux, refusal=self._refusal)
+        if self._group.world_size == 1:
+            return [alone]
+        shares = CompiledShares(flux, all_agree=self._group.all_agree, refusal=self._refusal)
+        return [alone, shares]
 
     def _context(
         self, options: DenoiserOptions, resident: _Resident, inputs: FluxInputs
@@ -284,3 +297,10 @@ class Denoiser:
 def _is_neutral(names: Iterable[str]) -> bool:
     """Whether a LoRA has the layout that :class:`.flux.adapters.LoraStack` reads."""
     return all(name.endswith((".down", ".up", ".alpha")) for name in names)
+
+
+def _most_telling(compiled: Sequence[CompiledForward]) -> list[Compilation]:
+    """Of a transformer's compilations the one to tell about, if there is any."""
+    order = ("refused", "compiling", "compiled", "eager")
+    told = sorted((each.compilation for each in compiled), key=lambda c: order.index(c.state))
+    return told[:1]

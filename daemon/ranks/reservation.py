@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 
 from ...protocol.errors import OutOfMemory
 from .parallel.process_group import RankGroup
@@ -50,7 +49,7 @@ class Reservation:
 
         ``options``: what the user can do where it does not fit.
         """
-        if self._most(nbytes):
+        if self._group.most(nbytes):
             self._find(nbytes * self._neighbours, what, options)
             self._fitted = 0
 
@@ -73,7 +72,7 @@ class Reservation:
             )
 
     def _missing(self, needed: int) -> int:
-        return self._most(needed + self._reserve - self._free())
+        return self._group.most(needed + self._reserve - self._free())
 
     def _free(self) -> int:
         """Bytes that this process can still have."""
@@ -86,12 +85,3 @@ class Reservation:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024
         return self._reserve
-
-    def _most(self, nbytes: int) -> int:
-        """That of the rank with the largest number."""
-        if self._group.world_size == 1:
-            return nbytes
-        device = self._group.device if self._group.backend == "nccl" else torch.device("cpu")
-        most = torch.tensor([nbytes], dtype=torch.int64, device=device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most)

@@ -14,9 +14,10 @@ from flux_inputs import comfy_inputs
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
 from xdit_sidecar.daemon.ranks.flux.adapters import LoraStack, applied
-from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledForward
+from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledForward, CompiledShares
 from xdit_sidecar.daemon.ranks.flux.latents import to_inputs
 from xdit_sidecar.daemon.ranks.flux.model import build_flux
+from xdit_sidecar.daemon.ranks.parallel.attention import LocalExchange
 from xdit_sidecar.daemon.ranks.parallel.transformer import FluxInputs, ParallelFlux
 from xdit_sidecar.daemon.ranks.parallel.xfuser_repairs import load_xfuser
 
@@ -51,7 +52,7 @@ class Scene:
         return self.forward.compilation.state
 
     def compute(self, inputs: FluxInputs) -> Tensor:
-        return self.forward._compute(inputs)
+        return self.forward._compute(inputs, None)
 
     def compile(self) -> None:
         """Everything that waits for it."""
@@ -143,3 +144,56 @@ def test_inputs_that_cannot_be_judged_are_put_off() -> None:
     scene.compute(first)
     scene.forward.compile_piece()
     assert scene.state == "eager"
+
+
+class Doubling:
+    """An exchange that shows whether it was asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.calls += 1
+        return 2 * LocalExchange().attend(query, key, value)
+
+
+def test_shares_run_compiled_when_all_ranks_are_ready() -> None:
+    scene = Scene("eager")
+    votes: list[bool] = []
+    others = True
+
+    def all_agree(yes: bool) -> bool:
+        votes.append(yes)
+        return yes and others
+
+    shares = CompiledShares(scene.flux, all_agree=all_agree, backend="eager")
+    first, exchange = inputs(), Doubling()
+    expected = scene.flux.compute(first, Doubling())
+    assert torch.equal(shares._compute(first, exchange), expected)
+    asked = exchange.calls
+    while shares.compilation.next_piece is not None:
+        shares.compile_piece()
+    # Nothing travels while a rank compiles.
+    assert (shares.compilation.state, scene.graphs, exchange.calls) == ("compiled", 2, asked)
+    assert torch.equal(shares._compute(first, exchange), expected)
+    assert (votes, exchange.calls) == ([False, True], 2 * asked)
+    # Nor while it compares: what a rank has to say about a new size it finds out by itself.
+    second = inputs(16, 12, 7)
+    expected = scene.flux.compute(second, Doubling())
+    assert torch.equal(shares._compute(second, exchange), expected)
+    assert (votes[-1], exchange.calls, scene.graphs) == (True, 3 * asked, 2)
+    # One that is not ready has all of them run eagerly.
+    others = False
+    assert torch.equal(shares._compute(second, exchange), expected)
+    assert (votes[-1], exchange.calls, scene.graphs) == (True, 4 * asked, 2)
+
+
+def test_shares_whose_code_is_wrong_run_eagerly() -> None:
+    scene = Scene(perturbing)
+    shares = CompiledShares(scene.flux, all_agree=lambda yes: yes, backend=perturbing)
+    first = inputs()
+    expected = scene.flux.compute(first, Doubling())
+    for _ in range(2):
+        assert torch.equal(shares._compute(first, Doubling()), expected)
+        shares.compile_piece()
+    assert "double block 0 differs" in str(shares.compilation.reason)

@@ -143,11 +143,11 @@ def test_loras_are_added_as_to_other_layers() -> None:
 def test_compiled_blocks_give_the_same() -> None:
     torch.compiler.reset()
     forward = CompiledForward(model(weights(), fp8=True), backend="eager")
-    expected = forward._compute(inputs())
+    expected = forward._compute(inputs(), None)
     while forward.compilation.next_piece is not None:
         forward.compile_piece()
     assert forward.compilation.state == "compiled", forward.compilation.reason
-    assert difference(forward._compute(inputs()), expected) < 0.02
+    assert difference(forward._compute(inputs(), None), expected) < 0.02
 
 
 def test_a_device_without_fp8_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

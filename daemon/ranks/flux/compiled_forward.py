@@ -1,15 +1,18 @@
 """Forwards of a resident transformer by compiled blocks, as soon as that is proven to be the same.
 
-Everything here is one rank's own affair: nothing is exchanged while a piece is compiled, and what
-ranks compute together they gather afterwards. Only forwards without sequence parallelism and
-without LoRA branches come here; all others run eagerly.
+Everything here is one rank's own affair: nothing is exchanged while a piece is compiled or
+compared. Forwards with LoRA branches do not come here; they run eagerly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import OutOfMemoryError, Tensor
 
+from ..parallel.attention import Exchange, LocalExchange
 from ..parallel.contexts import ParallelContext
+from ..parallel.opaque_exchange import OpaqueExchange, exchanging
 from ..parallel.transformer import FluxInputs, ParallelFlux
 from .compilation import Compilation, Sizes
 from .compiled_blocks import Call, CannotJudge, CompiledBlocks, Disagreement, NeedsCode
@@ -18,7 +21,12 @@ _LONGEST_REASON = 200
 
 
 class CompiledForward:
-    """Around one transformer in one dtype. ``refusal`` says why it must not be compiled."""
+    """Around one transformer in one dtype, for ranks that have all tokens of their rows.
+
+    ``refusal`` says why it must not be compiled.
+    """
+
+    _alone: Exchange | None = None  # what blocks attend by while a rank tries them
 
     def __init__(
         self, flux: ParallelFlux, *, refusal: str | None = None, backend: str | Call = "inductor"
@@ -31,7 +39,7 @@ class CompiledForward:
         self._inputs: FluxInputs | None = None  # of a real forward, to compile with
 
     def forward(self, context: ParallelContext, inputs: FluxInputs) -> Tensor:
-        """As :meth:`ParallelFlux.forward`, for contexts without sequence parallelism."""
+        """As :meth:`ParallelFlux.forward`."""
         return self._flux.forward(context, inputs, self._compute)
 
     def compile_piece(self) -> None:
@@ -44,7 +52,7 @@ class CompiledForward:
             return
         try:
             with self._blocks.compared(compiling=kind):
-                self._flux.compute(inputs)
+                self._flux.compute(inputs, self._alone)
         except (CannotJudge, OutOfMemoryError):
             self.compilation.put_off()
         except Exception as error:  # noqa: BLE001  of the compiler, or Disagreement
@@ -54,9 +62,8 @@ class CompiledForward:
         if self.compilation.next_piece is None:
             self._inputs = None
 
-    def _compute(self, rows: FluxInputs) -> Tensor:
-        count, image, _ = rows.hidden_states.shape
-        sizes = Sizes(count, image, rows.encoder_hidden_states.shape[1])
+    def _compute(self, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
+        sizes = sizes_of(rows)
         match self.compilation.choose(sizes):
             case "compiled":
                 output = self._try_compiled(sizes, rows)
@@ -64,16 +71,18 @@ class CompiledForward:
                 output = self._try_compared(sizes, rows)
             case _:
                 output = None
-        if output is None:
-            output = self._flux.compute(rows)
-            if self.compilation.want(sizes):
-                self._inputs = rows
+        return self._compute_eagerly(sizes, rows, None) if output is None else output
+
+    def _compute_eagerly(self, sizes: Sizes, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
+        output = self._flux.compute(rows, exchange)
+        if self.compilation.want(sizes):
+            self._inputs = rows
         return output
 
     def _try_compiled(self, sizes: Sizes, rows: FluxInputs) -> Tensor | None:
         try:
             with self._blocks.compiled():
-                return self._flux.compute(rows)
+                return self._flux.compute(rows, self._alone)
         except OutOfMemoryError:
             raise
         except NeedsCode:
@@ -85,7 +94,7 @@ class CompiledForward:
     def _try_compared(self, sizes: Sizes, rows: FluxInputs) -> Tensor | None:
         try:
             with self._blocks.compared():
-                output = self._flux.compute(rows)
+                output = self._flux.compute(rows, self._alone)
         except NeedsCode:
             self.compilation.leave_uncovered(sizes)
         except (CannotJudge, OutOfMemoryError):
@@ -96,6 +105,44 @@ class CompiledForward:
             self.compilation.agree(sizes)
             return output
         return None
+
+
+class CompiledShares(CompiledForward):
+    """The same for ranks that share the tokens of their rows.
+
+    A rank compiles, and compares, with its own share as if there were nothing else. A forward runs
+    compiled when every rank is ready for that: the ranks ask each other once per forward.
+    """
+
+    _alone = OpaqueExchange()
+
+    def __init__(
+        self,
+        flux: ParallelFlux,
+        *,
+        all_agree: Callable[[bool], bool],
+        refusal: str | None = None,
+        backend: str | Call = "inductor",
+    ) -> None:
+        """``all_agree`` tells, on all ranks alike, whether all of them said yes."""
+        super().__init__(flux, refusal=refusal, backend=backend)
+        self._all_agree = all_agree
+
+    def _compute(self, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
+        sizes = sizes_of(rows)
+        if self.compilation.choose(sizes) == "compared":
+            self._try_compared(sizes, rows)
+        if not self._all_agree(self.compilation.choose(sizes) == "compiled"):
+            return self._compute_eagerly(sizes, rows, exchange)
+        # Whatever fails from here on leaves the others waiting, so nothing is tried twice.
+        with exchanging(exchange or LocalExchange()), self._blocks.compiled():
+            return self._flux.compute(rows, self._alone)
+
+
+def sizes_of(rows: FluxInputs) -> Sizes:
+    """What code may depend on."""
+    count, image, _ = rows.hidden_states.shape
+    return Sizes(count, image, rows.encoder_hidden_states.shape[1])
 
 
 def _explain(error: Exception) -> str:

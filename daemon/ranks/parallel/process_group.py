@@ -39,6 +39,19 @@ class RankGroup:
     backend: str
     deadline: float  # seconds
 
+    def most(self, number: int) -> int:
+        """That of the rank with the largest one; all ranks call it. Raises RuntimeError."""
+        if self.world_size == 1:
+            return number
+        device = self.device if self.backend == "nccl" else torch.device("cpu")
+        most = torch.tensor([number], dtype=torch.int64, device=device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
+
+    def all_agree(self, yes: bool) -> bool:
+        """Whether every rank says yes; all ranks call it. Raises RuntimeError."""
+        return self.most(int(not yes)) == 0
+
 
 def join(
     *,

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import FluxExchangeProcessor, LocalExchange, SequenceExchange, local_kernel
+from .attention import (
+    Exchange,
+    FluxExchangeProcessor,
+    LocalExchange,
+    SequenceExchange,
+    local_kernel,
+)
 from .config import ConfigError
 from .contexts import ParallelContext
 from .splits import BatchSplit, TokenSplit
@@ -59,6 +65,20 @@ class FluxInputs:
         }
         return FluxInputs(**of_rank, img_ids=self.img_ids, txt_ids=self.txt_ids)
 
+    def take_tokens(self, image: TokenSplit, text: TokenSplit) -> FluxInputs:
+        """One rank's share of the tokens of these rows."""
+        return replace(
+            self,
+            hidden_states=image.take(self.hidden_states, 1),
+            encoder_hidden_states=text.take(self.encoder_hidden_states, 1),
+            img_ids=image.take(self.img_ids, 0),
+            txt_ids=text.take(self.txt_ids, 0),
+        )
+
+
+#: Of the tokens that are given; the exchange is None where these are all tokens of their rows.
+Compute = Callable[[FluxInputs, Exchange | None], Tensor]
+
 
 class ParallelFlux:
     """A diffusers ``FluxTransformer2DModel`` for any context.
@@ -89,50 +109,40 @@ class ParallelFlux:
         self,
         context: ParallelContext,
         inputs: FluxInputs,
-        compute: Callable[[FluxInputs], Tensor] | None = None,
+        compute: Compute | None = None,
     ) -> Tensor:
         """The model's prediction, (B, L, output channels), the same on every rank.
 
         All ranks of the context call it with equal inputs. Exact for every length, batch and
-        degree: it differs from the single process by rounding alone. ``compute`` does what
-        :meth:`compute` does, where a rank has all tokens of its rows. Raises ConfigError if the
-        model cannot be split that way, RuntimeError if a rank stays away past the group's deadline.
+        degree: it differs from the single process by rounding alone. ``compute`` stands in for
+        :meth:`compute`. Raises ConfigError if the model cannot be split that way, RuntimeError if
+        a rank stays away past the group's deadline.
         """
         config = context.config
         config.check_model(self.heads, self.blocks)
         if config.pipefusion > 1:
             raise ConfigError(f"{config} keeps state between steps: call PipeFusion.step")
         context.activate()
+        compute = compute or self.compute
         batch = BatchSplit(inputs.hidden_states.shape[0], config.cfg)
         rows = inputs.take_rows(batch, context.cfg_rank)
         if config.sequence == 1:
-            return join_rows(context, batch, (compute or self.compute)(rows))
+            return join_rows(context, batch, compute(rows, None))
         image = TokenSplit(rows.hidden_states.shape[1], config.sequence, context.sequence_rank)
         text = TokenSplit(rows.encoder_hidden_states.shape[1], config.sequence, image.rank)
-        exchange = SequenceExchange(text, image, config.ring)
-        own = self.model(
-            hidden_states=image.take(rows.hidden_states, 1),
-            encoder_hidden_states=text.take(rows.encoder_hidden_states, 1),
-            pooled_projections=rows.pooled_projections,
-            timestep=rows.timestep,
-            img_ids=image.take(rows.img_ids, 0),
-            txt_ids=text.take(rows.txt_ids, 0),
-            guidance=rows.guidance,
-            joint_attention_kwargs={"exchange": exchange},
-            return_dict=False,
-        )[0]
+        own = compute(rows.take_tokens(image, text), SequenceExchange(text, image, config.ring))
         return join_rows(context, batch, _join_tokens(context, image, own))
 
     @torch.no_grad()
-    def compute(self, rows: FluxInputs) -> Tensor:
-        """The model's prediction of these rows, by this rank alone."""
+    def compute(self, rows: FluxInputs, exchange: Exchange | None = None) -> Tensor:
+        """The model's prediction of these tokens: all of the rows, or a share with an exchange."""
         tokens = rows.hidden_states
-        # Chosen out here: a compiler cannot follow how.
-        kernel = local_kernel(tokens.dtype, tokens.device, self.model.config.attention_head_dim)
+        if exchange is None:
+            # Chosen out here: a compiler cannot follow how.
+            size = self.model.config.attention_head_dim
+            exchange = LocalExchange(local_kernel(tokens.dtype, tokens.device, size))
         output: Tensor = self.model(
-            **vars(rows),
-            joint_attention_kwargs={"exchange": LocalExchange(kernel)},
-            return_dict=False,
+            **vars(rows), joint_attention_kwargs={"exchange": exchange}, return_dict=False
         )[0]
         return output
 

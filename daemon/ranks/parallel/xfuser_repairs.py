@@ -270,6 +270,23 @@ def _layers_keep_keys_and_values() -> None:
 
 
 @_repair(_BOTH)
+def _all_to_all_for_compilers() -> None:
+    """USP exchanges heads by a functional collective, which is made for code that is compiled.
+
+    Called as it is it gives a tensor subclass that is waited for in Python, twice in each block.
+    What is compiled here does not contain the exchange.
+    """
+    usp = _module("model_executor.layers.usp")
+
+    def exchange(tensor: Tensor) -> Tensor:
+        output = torch.empty_like(tensor)
+        dist.all_to_all_single(output, tensor, group=usp.PROCESS_GROUP.ULYSSES_PG)
+        return output
+
+    usp._sdpa_all_to_all_single = exchange
+
+
+@_repair(_BOTH)
 def _object_collectives_unpickle() -> None:
     """The coordinators send Python objects as pickles, which run code: refused instead."""
 

@@ -52,6 +52,26 @@ def use_default_backend(place: Place, *, without: list[str]) -> str:
     return str(parallel_state.envs.get_torch_distributed_backend())
 
 
+def count_functional_calls(place: Place, *, without: list[str]) -> int:
+    """Collectives of the kind made for compilers, in an eager forward of two blocks."""
+    _load(without)
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+            Count.found += "c10d_functional::all_to_all" in function.name()
+            return function(*args, **(kwargs or {}))
+
+    context = ParallelContext.build(ParallelConfig(ulysses=2), place.join(DEADLINE))
+    given = make_inputs(1, 16, 4, 2, torch.float32)
+    with Count():
+        ParallelFlux(make_model(torch.float32)).forward(context, given)
+    assert not Count.found, f"{Count.found} functional collectives"
+    return Count.found
+
+
 def forward_exactly(place: Place, *, degrees: dict[str, int], without: list[str]) -> float:
     """RMS difference to the single process; AssertionError if it is no rounding."""
     _load(without)

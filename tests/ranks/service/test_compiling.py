@@ -82,6 +82,26 @@ def test_ranks_compile_while_they_are_idle(tmp_path: Path, cache: Path) -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("cache")
+@pytest.mark.timeout(600)
+def test_ranks_that_share_tokens_compile_too(tmp_path: Path) -> None:
+    sizes = [{"height": 12, "width": 10}, {"height": 14, "width": 6, "text": 31}]  # 31 by two
+    with running_ranks(tmp_path, 2, "--compile", "on", "--deadline", "30") as scene:
+        file = scene.file("small")
+        with scene.user() as user:
+            pids = scene.rank_pids
+            calls = [comfy_inputs(SMALL, batch=1, **size) for size in sizes]  # type: ignore[arg-type]
+            assert difference(user.forward(calls[0]), file.alone(calls[0])) <= EXACT
+            scene.daemon.wait_for_status(
+                lambda s: [one.state for one in told(s)] == ["compiled"] * 2, COMPILE_SECONDS
+            )
+            for call in calls * 2:
+                assert difference(user.forward(call), file.alone(call)) <= EXACT
+            assert [one.state for one in told(scene.status)] == ["compiled"] * 2
+            assert scene.rank_pids == pids
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache")
 def test_ranks_that_die_compiling_are_started_without(tmp_path: Path) -> None:
     call = comfy_inputs(SMALL)
     with running_ranks(tmp_path, 1, "--compile", "on") as scene, scene.user() as user:
