@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -72,12 +72,8 @@ class _Resident:
         component: OpenComponent,
         compute: m.ComputeDtype,
         reservation: Reservation | None,
-        compile_forwards: Callable[[ParallelFlux], list[CompiledForward]],
     ) -> None:
-        """``reservation``: of the copies for products in fp8, if that is how it multiplies.
-
-        ``compile_forwards`` gives none, or that for all tokens and perhaps that for shares of them.
-        """
+        """``reservation``: of the copies for products in fp8, if that is how it multiplies."""
         self.label = component.component.label
         self.compute: m.ComputeDtype = compute
         self.fp8_matmul = reservation is not None
@@ -95,7 +91,8 @@ class _Resident:
         allow_missing_guidance(loaded.model)
         self.flux = ParallelFlux(loaded.model)
         self.casts = bool(loaded.cast_layers)
-        self.compiled = compile_forwards(self.flux)
+        # By ulysses degree where ranks share tokens, 0 where they do not.
+        self.compiled: dict[int, CompiledForward] = {}
         self.pipefusion = PipeFusion(
             self.flux, KvStore(max_entries=_MOST_RUNS, max_bytes=_RUN_BYTES)
         )
@@ -164,9 +161,8 @@ class Denoiser:
                     adapters=str(options.adapters),
                     reserve=reserve,
                 ).output
-            elif resident.compiled and stack is None:
-                compiled = resident.compiled[context.config.sequence > 1]
-                tokens = compiled.forward(context, inputs)
+            elif self._compiles and stack is None:
+                tokens = self._compiled(resident, context.config).forward(context, inputs)
             else:
                 tokens = resident.flux.forward(context, inputs)
         return from_tokens(tokens, placement)
@@ -174,7 +170,7 @@ class Denoiser:
     def compile_piece(self) -> None:
         """Compile a piece of the first transformer that waits for it; no rank needs another."""
         for resident in self._components.built(_Resident):
-            for compiled in resident.compiled:
+            for compiled in resident.compiled.values():
                 if compiled.compilation.next_piece:
                     compiled.compile_piece()
                     return
@@ -190,7 +186,7 @@ class Denoiser:
                 reason=compilation.reason,
             )
             for resident in self._components.built(_Resident)[: limits.TRANSFORMERS]
-            for compilation in _most_telling(resident.compiled)
+            for compilation in _most_telling(resident.compiled.values())
         ]
 
     @property
@@ -225,18 +221,23 @@ class Denoiser:
                 component,
                 options.compute,
                 self._reservation if options.fp8_matmul else None,
-                self._compiled_forwards,
             ),
         )
 
-    def _compiled_forwards(self, flux: ParallelFlux) -> list[CompiledForward]:
-        if not self._compiles:
-            return []
-        alone = CompiledForward(flux, refusal=self._refusal)
-        if self._group.world_size == 1:
-            return [alone]
-        shares = CompiledShares(flux, all_agree=self._group.all_agree, refusal=self._refusal)
-        return [alone, shares]
+    def _compiled(self, resident: _Resident, config: ParallelConfig) -> CompiledForward:
+        ways = config.ulysses if config.sequence > 1 else 0
+        if ways not in resident.compiled:
+            resident.compiled[ways] = (
+                CompiledShares(
+                    resident.flux,
+                    ways=ways,
+                    all_agree=self._group.all_agree,
+                    refusal=self._refusal,
+                )
+                if ways
+                else CompiledForward(resident.flux, refusal=self._refusal)
+            )
+        return resident.compiled[ways]
 
     def _context(
         self, options: DenoiserOptions, resident: _Resident, inputs: FluxInputs
@@ -299,7 +300,7 @@ def _is_neutral(names: Iterable[str]) -> bool:
     return all(name.endswith((".down", ".up", ".alpha")) for name in names)
 
 
-def _most_telling(compiled: Sequence[CompiledForward]) -> list[Compilation]:
+def _most_telling(compiled: Iterable[CompiledForward]) -> list[Compilation]:
     """Of a transformer's compilations the one to tell about, if there is any."""
     order = ("refused", "compiling", "compiled", "eager")
     told = sorted((each.compilation for each in compiled), key=lambda c: order.index(c.state))

@@ -166,7 +166,7 @@ def test_shares_run_compiled_when_all_ranks_are_ready() -> None:
         votes.append(yes)
         return yes and others
 
-    shares = CompiledShares(scene.flux, all_agree=all_agree, backend="eager")
+    shares = CompiledShares(scene.flux, ways=2, all_agree=all_agree, backend="eager")
     first, exchange = inputs(), Doubling()
     expected = scene.flux.compute(first, Doubling())
     assert torch.equal(shares._compute(first, exchange), expected)
@@ -190,7 +190,7 @@ def test_shares_run_compiled_when_all_ranks_are_ready() -> None:
 
 def test_shares_whose_code_is_wrong_run_eagerly() -> None:
     scene = Scene(perturbing)
-    shares = CompiledShares(scene.flux, all_agree=lambda yes: yes, backend=perturbing)
+    shares = CompiledShares(scene.flux, ways=2, all_agree=lambda yes: yes, backend=perturbing)
     first = inputs()
     expected = scene.flux.compute(first, Doubling())
     for _ in range(2):

@@ -114,18 +114,21 @@ class CompiledShares(CompiledForward):
     compiled when every rank is ready for that: the ranks ask each other once per forward.
     """
 
-    _alone = OpaqueExchange()
-
     def __init__(
         self,
         flux: ParallelFlux,
         *,
+        ways: int,
         all_agree: Callable[[bool], bool],
         refusal: str | None = None,
         backend: str | Call = "inductor",
     ) -> None:
-        """``all_agree`` tells, on all ranks alike, whether all of them said yes."""
+        """``ways``: the ulysses degree of the contexts that come.
+
+        ``all_agree`` tells, on all ranks alike, whether all of them said yes.
+        """
         super().__init__(flux, refusal=refusal, backend=backend)
+        self._alone = OpaqueExchange(ways)
         self._all_agree = all_agree
 
     def _compute(self, rows: FluxInputs, exchange: Exchange | None) -> Tensor:

@@ -12,7 +12,9 @@ from diffusers.models.transformers.transformer_flux import _get_qkv_projections
 from torch import Tensor
 
 from .attention_backend import choose_backend
+from .process_group import sequence_groups
 from .splits import TokenSplit
+from .ulysses import attend_by_heads, pack, unpack_output
 
 
 class Exchange(Protocol):
@@ -63,7 +65,7 @@ class LocalExchange:
 
 @dataclass(frozen=True)
 class SequenceExchange:
-    """Ulysses and ring, exact for every length, by xfuser's USP.
+    """Ulysses and ring, exact for every length, by xfuser's USP or, without a ring, `ulysses`.
 
     A rank's tokens lie as [text shard, text rest, image shard, image rest]. The shards are
     exchanged; the rests, which every rank has, go through USP's joint arguments: as queries each
@@ -74,6 +76,16 @@ class SequenceExchange:
     image: TokenSplit
     ring: int
 
+    @property
+    def by_heads(self) -> bool:
+        """Whether :meth:`attend_packed` will do."""
+        shares = self.text.shard or self.image.shard
+        return bool(self.ring == 1 and shares and not self.text.rest and not self.image.rest)
+
+    def attend_packed(self, packed: Tensor) -> Tensor:
+        """As :func:`.ulysses.attend_by_heads`."""
+        return attend_by_heads(packed, sequence_groups().ULYSSES_PG, LocalExchange().attend)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `Exchange.attend`."""
         from xfuser.core.distributed.attention_backend import AttentionBackendType
@@ -82,6 +94,8 @@ class SequenceExchange:
         if not self.text.shard and not self.image.shard:
             # Fewer tokens than ranks, in both streams: every rank has all of them already.
             return LocalExchange().attend(query, key, value)
+        if self.by_heads:
+            return unpack_output(self.attend_packed(pack(query, key, value, self.image.ways)))
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         name = choose_backend(query.dtype, query.device, self.ring, query.shape[-1])
         backend = AttentionBackendType[name]

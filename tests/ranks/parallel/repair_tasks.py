@@ -65,7 +65,7 @@ def count_functional_calls(place: Place, *, without: list[str]) -> int:
             return function(*args, **(kwargs or {}))
 
     context = ParallelContext.build(ParallelConfig(ulysses=2), place.join(DEADLINE))
-    given = make_inputs(1, 16, 4, 2, torch.float32)
+    given = FluxInputs(**make_inputs(1, 17, 5, 2, torch.float32))
     with Count():
         ParallelFlux(make_model(torch.float32)).forward(context, given)
     assert not Count.found, f"{Count.found} functional collectives"
@@ -214,7 +214,8 @@ TASKS: dict[str, Callable[..., Any]] = {
     task.__name__: task
     for task in (
         *(only_load, load_under_cuda_build, use_default_backend, forward_exactly),
-        *(merge_padded_lse, attend_in_fp32, count_kept_keys, pass_object),
+        *(merge_padded_lse, attend_in_fp32, count_kept_keys, count_functional_calls),
+        pass_object,
         *(pass_through_pipeline, load_twice, listen_to_logs),
     )
 }
