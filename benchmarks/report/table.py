@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from report.results import Outcome, Result
+from report.speeds import read_speeds
 
 PLOT = "gpu.svg"
+SPEED_PLOT = "gpu-several.svg"
 _HEAD = f"""# Targets on a GPU
 
 Made by `make bench-gpu` from the `gpu-*.json` beside it; not written by hand. FLUX.1-dev's
@@ -28,6 +30,7 @@ def write_table(outcomes: Sequence[Outcome], results: Mapping[str, Result]) -> s
         f"{summary}.\n",
         _table(("what", "target", "measured", "met", "result"), map(_outcome_row, outcomes)),
         *_step_section(results),
+        *_gpus_section(results),
         "## Where the results come from\n",
         _table(
             ("result", "date", "commit", "machine", "versions"),
@@ -50,6 +53,31 @@ def _step_section(results: Mapping[str, Result]) -> list[str]:
         return []
     rows = [(each["name"], format_value(each["value"], each["unit"])) for each in floor["figures"]]
     return ["## What a step is made of\n", _table(("what", "measured"), rows)]
+
+
+def _gpus_section(results: Mapping[str, Result]) -> list[str]:
+    """Steps and pictures by one GPU and by several."""
+    if (several := results.get("gpu-several")) is None:
+        return []
+    rows = [
+        (
+            str(each.gpus),
+            f"{each.side}²",
+            *(format_value(ms, "ms") if ms else "–" for ms in (each.eager, each.compiled)),
+            format_value(each.speed_up, "×"),
+            format_value(each.seconds, "s"),
+            format_value(each.published, "s") if each.published else "–",
+        )
+        for each in read_speeds(several)
+    ]
+    head = ("GPUs", "picture", "eager step", "compiled step", "faster than one", "28 steps")
+    return [
+        "## Several GPUs\n",
+        "28 steps with the text encoders and without decoding, by the faster way. Beside them what "
+        "xDiT publishes for 28 compiled steps on H100s, which is not of this run.\n",
+        f"![speed by GPUs]({SPEED_PLOT})\n",
+        _table((*head, "xDiT, H100"), rows),
+    ]
 
 
 def _outcome_row(outcome: Outcome) -> tuple[str, ...]:

@@ -131,7 +131,7 @@ def test_committed_report_is_of_the_committed_results(tmp_path: Path) -> None:
     for path in RESULTS.glob("gpu-*.json"):
         shutil.copy(path, tmp_path)
     report(tmp_path)
-    for name in ("gpu.md", "gpu.svg"):
+    for name in ("gpu.md", "gpu.svg", "gpu-several.svg"):
         made = (tmp_path / name).read_text()
         assert made == (RESULTS / name).read_text(), "run python benchmarks/report/run.py"
 

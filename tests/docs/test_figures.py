@@ -45,6 +45,12 @@ def span(*values: float, digits: int) -> str:
 # Beginning of a row → what is in it.
 def expected() -> dict[str, str]:
     sharing, serving, load, bench = "gpu-sharing", "gpu-serving", "gpu-load-file", "bench-cpu"
+    several = "gpu-several"
+    shared = [
+        line["value"]
+        for line in result(several)["figures"]
+        if line["name"].startswith(("against one GPU: ulysses", "against one GPU: ring"))
+    ]
     two = [
         figure(serving, f"2 ranks on one GPU, {which} picture: a step")
         for which in ("first", "second")
@@ -136,6 +142,30 @@ def expected() -> dict[str, str]:
             digits=2,
         ),
         "two ranks on this one GPU": f"relative difference {span(*apart, digits=3)}",
+        **{
+            f"a step at {side}², compiled": ones(
+                *(figure(several, f"{n} GPU(s), auto, {side}²: a step") for n in (1, 2)), unit="ms"
+            )
+            for side in (1024, 2048)
+        },
+        "a step at 2048², eager": ones(
+            *(figure(several, f"{n} GPU(s), off, 2048²: a step") for n in (1, 2)), unit="ms"
+        ),
+        "28 steps at 1024²": ones(
+            *(figure(several, f"{n} GPU(s), auto, 1024²: 28 steps with text") for n in (1, 2)),
+            unit="s",
+            digits=1,
+        ),
+        "decode at 4096²": ones(
+            *(figure(several, f"{n} GPU(s): decode at 4096²") for n in (1, 2)), unit="s", digits=1
+        ),
+        "all components, 34 GB": ones(
+            figure(several, "GPU 1: all components, from GPU 0"), unit="s", digits=1
+        ),
+        "ulysses 2 and ring 2": f"relative difference {span(*shared, digits=3)}",
+        "one of two ranks killed": ones(
+            figure(several, "rank killed amid a picture: until the next step"), unit="s", digits=1
+        ),
         "a step of a picture of 1024²": f"{figure(serving, '1 rank, second picture: a step'):.0f}"
         f" / {span(*two, digits=0)} ms",
     }
@@ -176,6 +206,12 @@ CASES = ("0.33.0 default", "0.33.0 --disable-dynamic-vram", "0.33.0 --lowvram")
 CASES = (*CASES, "0.3.75 default", "0.3.75 --lowvram")
 
 
+def comfyui_cases() -> dict[str, Any]:
+    """Those of both runs, by name."""
+    runs = (result(name)["cases"] for name in ("gpu-comfyui-other-flags", "gpu-comfyui"))
+    return {name: case for cases in runs for name, case in cases.items()}
+
+
 @pytest.mark.parametrize(
     ("label", "path", "form"),
     [
@@ -190,7 +226,7 @@ CASES = (*CASES, "0.3.75 default", "0.3.75 --lowvram")
 def test_the_table_of_comfyui(label: str, path: tuple[str, ...], form: str) -> None:
     (cells,) = [cells for cells in figures() if len(cells) > 2 and cells[0].startswith(label)]
     for case, written in zip(CASES, cells[1:], strict=True):
-        value: Any = result("gpu-comfyui")["cases"][case]
+        value: Any = comfyui_cases()[case]
         for key in path:
             value = value.get(key) if value else None
         if value is not None and "MB" in form:
@@ -200,7 +236,7 @@ def test_the_table_of_comfyui(label: str, path: tuple[str, ...], form: str) -> N
 
 
 def test_what_comfyui_promised_there() -> None:
-    cases = result("gpu-comfyui")["cases"]
+    cases = comfyui_cases()
     assert set(CASES) == set(cases)
     for case in cases.values():
         assert all(case["checks"].values()), case["case"]
