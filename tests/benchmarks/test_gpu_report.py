@@ -127,6 +127,33 @@ def test_report_of_recorded_results(tmp_path: Path) -> None:
     assert colours[1] == colours[2] == colours[3]
 
 
+def test_report_of_several_gpus(tmp_path: Path) -> None:
+    figures = {
+        "1 GPU(s), off, 1024²: a step": 170.0,
+        "1 GPU(s), off, 1024²: 28 steps with text": 5.6,
+        "2 GPU(s), off, 1024²: a step": 140.0,
+        "2 GPU(s), off, 1024²: 28 steps with text": 4.4,
+        "2 GPU(s), auto, 1024²: a step": 100.0,
+        "2 GPU(s), auto, 1024²: 28 steps with text": 3.0,
+    }
+    recorded = [{"name": name, "value": value, "unit": "ms"} for name, value in figures.items()]
+    result = {**RECORDED, "published": {"1": 4.3, "2": 2.6}, "figures": recorded}
+    (tmp_path / "gpu-several.json").write_text(json.dumps(result))
+    rows, _ = report(tmp_path)
+    found = [row for row in rows if row[1:2] == ["1024²"]]
+    # By the faster way each; what was not measured is no number.
+    assert found == [
+        ["1", "1024²", "170 ms", "–", "1.000 ×", "5.600 s", "4.300 s"],
+        ["2", "1024²", "140 ms", "100 ms", "1.700 ×", "3.000 s", "2.600 s"],
+    ]
+    plot = ElementTree.fromstring((tmp_path / "gpu-several.svg").read_text())  # noqa: S314
+    (_, one, two, theirs, theirs_two) = plot.findall(f"{SVG}rect")
+    lengths = [float(bar.get("width", 0)) for bar in (one, two, theirs, theirs_two)]
+    assert lengths[1] / lengths[0] == pytest.approx(1.7, rel=0.01)
+    assert lengths[3] / lengths[2] == pytest.approx(4.3 / 2.6, rel=0.01)
+    assert lengths[0] == lengths[2]
+
+
 def test_committed_report_is_of_the_committed_results(tmp_path: Path) -> None:
     for path in RESULTS.glob("gpu-*.json"):
         shutil.copy(path, tmp_path)

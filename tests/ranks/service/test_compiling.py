@@ -84,7 +84,8 @@ def test_ranks_compile_while_they_are_idle(tmp_path: Path, cache: Path) -> None:
 @pytest.mark.usefixtures("cache")
 @pytest.mark.timeout(600)
 def test_ranks_that_share_tokens_compile_too(tmp_path: Path) -> None:
-    sizes = [{"height": 12, "width": 10}, {"height": 14, "width": 6, "text": 31}]  # 31 by two
+    # Tokens that two ranks can share evenly, and such that they cannot.
+    sizes = [{"height": 12, "width": 10, "text": 8}, {"height": 14, "width": 6, "text": 31}]
     with running_ranks(tmp_path, 2, "--compile", "on", "--deadline", "30") as scene:
         file = scene.file("small")
         with scene.user() as user:
