@@ -100,7 +100,9 @@ class Fallback:
             why = f"because the ranks cannot do this: {error.what}"
         else:
             why = f"because the daemon did not: {error}"
-        tell(self._node, f"samples in ComfyUI, {why}")
+        # What TorchCompileModel compiled is the remote model, not the one that is loaded here.
+        how = ", uncompiled," if COMPILED in _applied_by(remote.wrappers) else ","
+        tell(self._node, f"samples in ComfyUI{how} {why}")
         if self._local is None:
             self._local = self._load_here()
         return move_patches(remote, self._local)
@@ -145,4 +147,8 @@ def move_patches(source: Any, target: Any) -> Any:
 
 def _leave_uncompiled(wrappers: dict[str, dict[str, Any]]) -> None:
     """Without what puts the compiled model in its place: it was made of the remote one."""
-    wrappers.get(comfy.patcher_extension.WrappersMP.APPLY_MODEL, {}).pop(COMPILED, None)
+    _applied_by(wrappers).pop(COMPILED, None)
+
+
+def _applied_by(wrappers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return wrappers.get(comfy.patcher_extension.WrappersMP.APPLY_MODEL, {})

@@ -397,14 +397,22 @@ def test_a_checkpoint_is_looked_at_before_it_is_sampled(
         assert not [e for e in listener.named("progress") if e.data["node"] == "sampler"]
 
 
-def test_a_checkpoint_is_sampled_here_where_that_is_set(scene: NodesScene) -> None:
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [(LATE, "samples in ComfyUI, because"), (COMPILED, "samples in ComfyUI, uncompiled, because")],
+    ids=["late", "compiled"],
+)
+def test_a_checkpoint_is_sampled_here_where_that_is_set(
+    scene: NodesScene, node: dict[str, Any], said: str
+) -> None:
     workflow = workflows.text_to_image(WHOLE_CHECKPOINT, run_of(91), save="stock", picture=False)
-    expected = scene.latent(through(workflow, LATE), "stock")
+    stock = workflow if node is COMPILED else through(workflow, node)
+    expected = scene.latent(stock, "stock")
     with scene.server.listen() as listener:
-        scene.server.run(checkpoint(91, LATE, on_problem="sample locally"), listener)
+        scene.server.run(checkpoint(91, node, on_problem="sample locally"), listener)
         (told,) = {e.data["node"]: e.data["text"] for e in listener.named("text")}.items()
     assert told[0] == "checkpoint"
-    assert "samples in ComfyUI" in told[1]
+    assert said in told[1]
     assert torch.equal(scene.server.tensors("ours")["samples"], expected)
 
 
