@@ -1,4 +1,4 @@
-"""What products in fp8 change: a full-size forward, and pictures of the model that draws digits.
+"""What fp8 changes: a full-size forward, pictures of the model that draws digits, files in fp8.
 
 Usage: ``python benchmarks/gpu/fp8_error.py [--tiny] OUTPUT``. ``--tiny``: the digits alone, on the
 CPU.
@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -19,15 +24,22 @@ from daemon_process import DaemonProcess, running_daemon  # noqa: E402
 from digits_scene import DigitsFiles, Request  # noqa: E402
 from figures import Figure  # noqa: E402
 from figures_file import FiguresFile  # noqa: E402
+from flux_files import DEV, shapes_of  # noqa: E402
 from picture_scene import drawing  # noqa: E402
+from xdit_sidecar.protocol import messages as m  # noqa: E402
 from xdit_sidecar.protocol.client.attachment import Attachment  # noqa: E402
 from xdit_sidecar.protocol.client.client import Client  # noqa: E402
+from xdit_sidecar.protocol.client.fill import RegionWriter  # noqa: E402
 from xdit_sidecar.protocol.client.remote import RemoteRanks  # noqa: E402
 
+if TYPE_CHECKING:
+    from full_size import Bench
+
+FORWARDS = 5
 PICTURES = 50  # at a time; a job has no more than 64
 SEEDS = (2, 3)
 TOLERANCE = 0.25  # of a full-size forward with random weights, relative; 0.11 was seen
-DARK = 1 / 8  # of a pixel, from 0 to 1: a difference that can be seen
+VISIBLE = 1 / 8  # of a pixel, from 0 to 1: a difference that can be seen
 
 
 def measure_forward(bench: FiguresFile, client: Client, remote: RemoteRanks) -> None:
@@ -44,6 +56,66 @@ def measure_forward(bench: FiguresFile, client: Client, remote: RemoteRanks) -> 
     bench.add("weights in fp8 besides the shared ones", rank.copied / 2**30, "GiB")
 
 
+def measure_file(bench: Bench, client: Client, remote: RemoteRanks) -> None:
+    """A file whose matrices are in fp8 against one that has the same values in bf16."""
+    from full_size import describe_component, forward_job, make_call, milliseconds
+
+    shapes = {name: list(shape) for name, shape in shapes_of(DEV).items()}
+    dtypes = {name: "F8_E4M3" if len(shape) > 1 else "BF16" for name, shape in shapes.items()}
+    in_fp8 = describe_component("transformer", "fp8 file", shapes, dtypes)
+    in_bf16 = describe_component("transformer", "its values", shapes, dict.fromkeys(shapes, "BF16"))
+    job = forward_job()
+
+    def job_of(component: m.Component, **options: bool) -> m.Forward:
+        components = {**job.components, "transformer": component.fingerprint}
+        return msgspec.structs.replace(job, components=components, **options)
+
+    call = make_call(128, 128, 512)
+    with client.hand_over(in_fp8, bench.device, fill_in_fp8) as stored:
+        values = stored.tensors()
+        with client.hand_over(in_bf16, bench.device, partial(copy_values, values=values)):
+            found, expected = (
+                remote.run(job_of(each), call)["output"] for each in (in_fp8, in_bf16)
+            )
+            # Each weight is cast when it is used, and bf16 has all values of e4m3.
+            apart = float((found.float() - expected.float()).norm() / expected.float().norm())
+            bench.add("a file in fp8 against its values in bf16", apart, "", 0.0)
+            for name, component in (("fp8", in_fp8), ("bf16", in_bf16)):
+                nbytes = sum(spec.nbytes for spec in component.tensors)
+                bench.add(f"weights of the {name} file", nbytes / 1e9, "GB")
+                took = milliseconds(partial(remote.run, job_of(component), call), FORWARDS)
+                bench.add(f"forward at 1024² of the {name} file, eager", took, "ms")
+            before = client.status().ranks[0].copied
+            remote.run(job_of(in_fp8, fp8_matmul=True), call)
+            took = milliseconds(
+                partial(remote.run, job_of(in_fp8, fp8_matmul=True), call), FORWARDS
+            )
+            bench.add("forward at 1024² of the fp8 file, fp8 products, eager", took, "ms")
+            grown = client.status().ranks[0].copied - before
+            bench.add("weights in fp8 besides those of the fp8 file", grown / 2**30, "GiB", 0.01)
+        del values
+
+
+def fill_in_fp8(writer: RegionWriter) -> None:
+    """As `flux_forward.fill_randomly`, rounded to what each tensor is stored in."""
+    generator: torch.Generator | None = None
+    for name, view in writer.tensors().items():
+        generator = generator or torch.Generator(view.device).manual_seed(0)
+        if name.endswith(".scale"):
+            view.fill_(1.0)
+            continue
+        values = torch.randn(
+            view.shape, generator=generator, device=view.device, dtype=torch.bfloat16
+        )
+        view.copy_(values * (0.02 if view.ndim > 1 else 0.01))
+
+
+def copy_values(writer: RegionWriter, values: Mapping[str, torch.Tensor]) -> None:
+    """The same numbers in other dtypes."""
+    for name, view in writer.tensors().items():
+        view.copy_(values[name])
+
+
 def measure_pictures(bench: FiguresFile, client: Client, at_a_time: int) -> None:
     """How many digits are read rightly with either, and how far the pictures are apart."""
     count = at_a_time * len(SEEDS)
@@ -58,7 +130,7 @@ def measure_pictures(bench: FiguresFile, client: Client, at_a_time: int) -> None
             bench.keep(Figure(f"read rightly of {count}, {name}", right, "", 0.9 * count, True))
     apart = (pictures["fp8"] - pictures["bf16"]).abs()
     bench.add("pictures apart, mean of a pixel from 0 to 1", float(apart.mean()), "")
-    bench.add("pixels apart by an eighth and more", float((apart > DARK).float().mean()), "")
+    bench.add("pixels apart by an eighth and more", float((apart > VISIBLE).float().mean()), "")
 
 
 def main() -> int:
@@ -79,6 +151,7 @@ def main() -> int:
                 daemon: DaemonProcess, client: Client, remote: RemoteRanks, held: list[Attachment]
             ) -> None:
                 measure_forward(bench, client, remote)
+                measure_file(bench, client, remote)
 
             run_daemon(bench, directory / "full", 1, story)
             torch.cuda.empty_cache()

@@ -39,10 +39,17 @@ Story = Callable[[DaemonProcess, Client, RemoteRanks, list[Attachment]], None]
 
 def make_component(role: str, shapes: dict[str, list[int]], dtype: str) -> m.Component:
     """A component of these tensors, known by its role."""
-    specs = [TensorSpec(name, dtype, list(shape)) for name, shape in shapes.items()]
-    digest = hashlib.sha256(role.encode()).hexdigest()
+    return describe_component(role, f"random {role}", shapes, dict.fromkeys(shapes, dtype))
+
+
+def describe_component(
+    role: str, label: str, shapes: dict[str, list[int]], dtypes: dict[str, str]
+) -> m.Component:
+    """A component of tensors of several dtypes, known by its label."""
+    specs = [TensorSpec(name, dtypes[name], list(shape)) for name, shape in shapes.items()]
+    digest = hashlib.sha256(label.encode()).hexdigest()
     return m.Component(
-        fingerprint=f"bytes:{digest}", role=role, label=f"random {role}", tensors=lay_out(specs)
+        fingerprint=f"bytes:{digest}", role=role, label=label, tensors=lay_out(specs)
     )
 
 
