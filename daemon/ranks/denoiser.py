@@ -228,12 +228,7 @@ class Denoiser:
         ways = config.ulysses if config.sequence > 1 else 0
         if ways not in resident.compiled:
             resident.compiled[ways] = (
-                CompiledShares(
-                    resident.flux,
-                    ways=ways,
-                    all_agree=self._group.all_agree,
-                    refusal=self._refusal,
-                )
+                CompiledShares(resident.flux, ways=ways, refusal=self._refusal)
                 if ways
                 else CompiledForward(resident.flux, refusal=self._refusal)
             )

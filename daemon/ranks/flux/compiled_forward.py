@@ -6,8 +6,6 @@ compared. Forwards with LoRA branches do not come here; they run eagerly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import OutOfMemoryError, Tensor
 
 from ..parallel.attention import Exchange, LocalExchange
@@ -110,8 +108,9 @@ class CompiledForward:
 class CompiledShares(CompiledForward):
     """The same for ranks that share the tokens of their rows.
 
-    A rank compiles, and compares, with its own share as if there were nothing else. A forward runs
-    compiled when every rank is ready for that: the ranks ask each other once per forward.
+    A rank compiles, and compares, with its own share as if there were nothing else. What travels
+    between ranks is the same from compiled blocks and from eager ones, so each rank goes over when
+    it is ready.
     """
 
     def __init__(
@@ -119,27 +118,28 @@ class CompiledShares(CompiledForward):
         flux: ParallelFlux,
         *,
         ways: int,
-        all_agree: Callable[[bool], bool],
         refusal: str | None = None,
         backend: str | Call = "inductor",
     ) -> None:
-        """``ways``: the ulysses degree of the contexts that come.
-
-        ``all_agree`` tells, on all ranks alike, whether all of them said yes.
-        """
+        """``ways``: the ulysses degree of the contexts that come."""
         super().__init__(flux, refusal=refusal, backend=backend)
         self._alone = OpaqueExchange(ways)
-        self._all_agree = all_agree
 
     def _compute(self, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
+        exchange = exchange or LocalExchange()
         sizes = sizes_of(rows)
         if self.compilation.choose(sizes) == "compared":
             self._try_compared(sizes, rows)
-        if not self._all_agree(self.compilation.choose(sizes) == "compiled"):
-            return self._compute_eagerly(sizes, rows, exchange)
-        # Whatever fails from here on leaves the others waiting, so nothing is tried twice.
-        with exchanging(exchange or LocalExchange()), self._blocks.compiled():
-            return self._flux.compute(rows, self._alone)
+        if self.compilation.choose(sizes) == "compiled":
+            with exchanging(exchange) as use:
+                try:
+                    with self._blocks.compiled():
+                        return self._flux.compute(rows, self._alone)
+                except NeedsCode:
+                    if use.count:  # the others would wait for what comes a second time
+                        raise
+                    self.compilation.leave_uncovered(sizes)
+        return self._compute_eagerly(sizes, rows, exchange)
 
 
 def sizes_of(rows: FluxInputs) -> Sizes:

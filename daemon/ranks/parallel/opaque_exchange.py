@@ -19,7 +19,17 @@ from .attention import Exchange, LocalExchange, SequenceExchange
 from .ulysses import pack, pack_output, unpack, unpack_output
 
 _NAME = "xdit_sidecar::exchange_attend"
-_current: list[Exchange] = [LocalExchange()]  # the last one; ranks compute in one thread
+
+
+@dataclass
+class Use:
+    """Of an exchange: how often it was asked so far."""
+
+    exchange: Exchange
+    count: int = 0
+
+
+_current = [Use(LocalExchange())]  # the last one; ranks compute in one thread
 
 
 @dataclass(frozen=True)
@@ -38,17 +48,20 @@ class OpaqueExchange:
 
 
 @contextmanager
-def exchanging(exchange: Exchange) -> Iterator[None]:
+def exchanging(exchange: Exchange) -> Iterator[Use]:
     """What an `OpaqueExchange` does meanwhile."""
-    _current.append(exchange)
+    use = Use(exchange)
+    _current.append(use)
     try:
-        yield
+        yield use
     finally:
         _current.pop()
 
 
 def _attend(packed: Tensor) -> Tensor:
-    exchange, ways = _current[-1], packed.shape[0]
+    use, ways = _current[-1], packed.shape[0]
+    use.count += 1
+    exchange = use.exchange
     if isinstance(exchange, SequenceExchange) and exchange.by_heads:
         return exchange.attend_packed(packed)
     return pack_output(exchange.attend(*unpack(packed)), ways)

@@ -48,10 +48,6 @@ class RankGroup:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
 
-    def all_agree(self, yes: bool) -> bool:
-        """Whether every rank says yes; all ranks call it. Raises RuntimeError."""
-        return self.most(int(not yes)) == 0
-
 
 def join(
     *,
