@@ -33,11 +33,11 @@ def sample(
     or another RuntimeError, with what to do about it.
     """
     transformer: RemoteTransformer = run.model.model.diffusion_model
-    weights = None if vae is None else shared_vae(vae).component.fingerprint
+    if vae is not None:
+        shared_vae(vae)  # or it is told before anything else is done
     if clip is not None:
         keep_shared(transformer.link, clip)
     tensors = _make_tensors(run)
-    components = {} if weights is None else {"vae": weights}
     compute, guidance = _compute_of(run.model), run.positive[0][1].get("guidance", GUIDANCE)
     device = run.model.load_device
     previewer = latent_preview.get_previewer(device, run.model.model.latent_format)
@@ -46,7 +46,7 @@ def sample(
     def on_step(step: int, steps: int, preview: torch.Tensor | None) -> None:
         if preview is None:
             picture = None
-        elif weights is None:
+        elif vae is None:
             latent = preview[None].to(device)
             picture = previewer.decode_latent_to_preview_image("JPEG", latent)
         else:
@@ -55,8 +55,7 @@ def sample(
             bar.update_absolute(step, steps, picture)
 
     def make_job() -> m.Generate:
-        if vae is not None:
-            transformer.link.spread(shared_vae(vae))
+        components = {} if vae is None else _spread_vae(transformer.link, vae)
         return m.Generate(
             components={**transformer.components(), **components},
             tensors=[],
@@ -69,7 +68,7 @@ def sample(
             guidance=guidance,
             cfg=run.cfg,
             sampler=run.sampler,
-            decode=weights is not None,
+            decode=vae is not None,
             preview=previewer is not None,
         )
 
@@ -102,6 +101,13 @@ def shared_vae(vae: Any) -> Attachment:
     return shared.attachments[0]
 
 
+def _spread_vae(link: Link, vae: Any) -> dict[str, str]:
+    """The component of a job, resident wherever the ranks work."""
+    weights = shared_vae(vae)
+    link.spread(weights)
+    return {"vae": weights.component.fingerprint}
+
+
 def run_vae(link: Link, vae: Any, job: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Decode or encode with the ranks; ``job`` is the class of the message.
 
@@ -110,9 +116,7 @@ def run_vae(link: Link, vae: Any, job: Any, name: str, tensor: torch.Tensor) -> 
     compute = COMPUTE[vae.vae_dtype]
 
     def make_job() -> Any:
-        weights = shared_vae(vae)
-        link.spread(weights)
-        return job(components={"vae": weights.component.fingerprint}, tensors=[], compute=compute)
+        return job(components=_spread_vae(link, vae), tensors=[], compute=compute)
 
     renew = partial(renew_shared, link, vae.first_stage_model)
     (output,) = run_on_ranks(link, make_job, {name: tensor}, renew).values()

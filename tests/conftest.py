@@ -86,8 +86,6 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[s
         if driver.device_count() < 2:
             pytest.skip("NOT TESTED on real CUDA: this machine has one GPU")
         yield [driver.device_uuid(ordinal) for ordinal in range(2)]
-        if made.name == "fake-cuda":
-            driver.release_primary_context(1)
 
 
 @contextmanager
@@ -100,7 +98,9 @@ def _set_up(
     if made.name == "fake-cuda":
         gc.collect()  # views of regions that a failed test left in its traceback
         process_regions.collect(5.0)
-        CudaDriver.load().release_primary_context(0)
+        driver = CudaDriver.load()
+        for ordinal in range(driver.device_count()):
+            driver.release_primary_context(ordinal)
 
 
 @pytest.fixture

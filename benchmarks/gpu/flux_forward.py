@@ -47,13 +47,17 @@ def make_component() -> Component:
 
 
 def fill_randomly(writer: RegionWriter) -> None:
-    """Weights that keep activations of order one; norms' scales are one."""
+    """Weights that keep activations of order one; norms' scales are one. Any dtype."""
     generator = torch.Generator("cuda").manual_seed(0)
     for name, view in writer.tensors().items():
         if name.endswith(".scale"):
             view.fill_(1.0)
         else:
-            view.normal_(0.0, 0.02 if view.ndim > 1 else 0.01, generator=generator)
+            # torch has no random numbers in fp8.
+            values = view if view.itemsize > 1 else torch.empty_like(view, dtype=torch.bfloat16)
+            values.normal_(0.0, 0.02 if view.ndim > 1 else 0.01, generator=generator)
+            if values is not view:
+                view.copy_(values)
 
 
 def make_inputs(rows: int, columns: int, text: int) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from digits_scene import DigitsFiles, Request  # noqa: E402
 from figures import Figure  # noqa: E402
 from figures_file import FiguresFile  # noqa: E402
 from flux_files import DEV, shapes_of  # noqa: E402
+from flux_forward import difference, fill_randomly  # noqa: E402
 from picture_scene import drawing  # noqa: E402
 from xdit_sidecar.protocol import messages as m  # noqa: E402
 from xdit_sidecar.protocol.client.attachment import Attachment  # noqa: E402
@@ -48,10 +49,10 @@ def measure_forward(bench: FiguresFile, client: Client, remote: RemoteRanks) -> 
 
     call = make_call(128, 128, 512)
     exact, found = (
-        remote.run(forward_job(fp8_matmul=fp8), call)["output"].float() for fp8 in (False, True)
+        remote.run(forward_job(fp8_matmul=fp8), call)["output"] for fp8 in (False, True)
     )
-    difference = float((found - exact).norm() / exact.norm())
-    bench.add("a full-size forward, relative difference", difference, "", TOLERANCE)
+    apart = difference(found, exact)
+    bench.add("a full-size forward, relative difference", apart, "", TOLERANCE)
     (rank,) = client.status().ranks
     bench.add("weights in fp8 besides the shared ones", rank.copied / 2**30, "GiB")
 
@@ -71,14 +72,14 @@ def measure_file(bench: Bench, client: Client, remote: RemoteRanks) -> None:
         return msgspec.structs.replace(job, components=components, **options)
 
     call = make_call(128, 128, 512)
-    with client.hand_over(in_fp8, bench.device, fill_in_fp8) as stored:
+    with client.hand_over(in_fp8, bench.device, fill_randomly) as stored:
         values = stored.tensors()
         with client.hand_over(in_bf16, bench.device, partial(copy_values, values=values)):
             found, expected = (
                 remote.run(job_of(each), call)["output"] for each in (in_fp8, in_bf16)
             )
             # Each weight is cast when it is used, and bf16 has all values of e4m3.
-            apart = float((found.float() - expected.float()).norm() / expected.float().norm())
+            apart = difference(found, expected)
             bench.add("a file in fp8 against its values in bf16", apart, "", 0.0)
             for name, component in (("fp8", in_fp8), ("bf16", in_bf16)):
                 nbytes = sum(spec.nbytes for spec in component.tensors)
@@ -94,20 +95,6 @@ def measure_file(bench: Bench, client: Client, remote: RemoteRanks) -> None:
             grown = client.status().ranks[0].copied - before
             bench.add("weights in fp8 besides those of the fp8 file", grown / 2**30, "GiB", 0.01)
         del values
-
-
-def fill_in_fp8(writer: RegionWriter) -> None:
-    """As `flux_forward.fill_randomly`, rounded to what each tensor is stored in."""
-    generator: torch.Generator | None = None
-    for name, view in writer.tensors().items():
-        generator = generator or torch.Generator(view.device).manual_seed(0)
-        if name.endswith(".scale"):
-            view.fill_(1.0)
-            continue
-        values = torch.randn(
-            view.shape, generator=generator, device=view.device, dtype=torch.bfloat16
-        )
-        view.copy_(values * (0.02 if view.ndim > 1 else 0.01))
 
 
 def copy_values(writer: RegionWriter, values: Mapping[str, torch.Tensor]) -> None:

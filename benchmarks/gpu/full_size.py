@@ -122,6 +122,11 @@ def milliseconds(action: Callable[[], object], count: int) -> float:
     return statistics.median(times) * 1e3
 
 
+def note_time(ends: list[float], *_: object) -> None:
+    """For ``on_step``: when each step ended."""
+    ends.append(time.perf_counter())
+
+
 def run_daemon(
     bench: Bench,
     directory: Path,

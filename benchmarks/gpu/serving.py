@@ -34,6 +34,7 @@ from full_size import (  # noqa: E402
     make_component,
     make_tokens,
     milliseconds,
+    note_time,
     picture_job,
     run_daemon,
 )
@@ -128,7 +129,7 @@ def bench_picture(bench: Bench, remote: RemoteRanks, name: str) -> None:
     for run in ("first", "second"):
         ends: list[float] = []
         began = time.perf_counter()
-        image = remote.run(job, tokens, on_step=partial(_note, ends))["image"]
+        image = remote.run(job, tokens, on_step=partial(note_time, ends))["image"]
         end = time.perf_counter()
         assert image.shape == (1, 1024, 1024, 3)
         assert torch.isfinite(image).all()
@@ -136,10 +137,6 @@ def bench_picture(bench: Bench, remote: RemoteRanks, name: str) -> None:
         bench.add(f"{name}, {run} picture: a step", (ends[-1] - ends[1]) / 7 * 1e3, "ms")
         bench.add(f"{name}, {run} picture: decode", (end - ends[-1]) * 1e3, "ms")
         bench.add(f"{name}, {run} picture: 8 steps in all", end - began, "s")
-
-
-def _note(ends: list[float], *_: object) -> None:
-    ends.append(time.perf_counter())
 
 
 def bench_kill(

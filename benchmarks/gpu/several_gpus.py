@@ -16,7 +16,6 @@ import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -39,9 +38,11 @@ from full_size import (  # noqa: E402
     forward_job,
     make_call,
     make_tokens,
+    note_time,
     picture_job,
     run_daemon,
 )
+from report.speeds import read_speeds  # noqa: E402
 from xdit_sidecar.protocol import messages as m  # noqa: E402
 from xdit_sidecar.protocol.client.attachment import Attachment  # noqa: E402
 from xdit_sidecar.protocol.client.client import Client  # noqa: E402
@@ -81,13 +82,12 @@ def name_of(degrees: m.Degrees) -> str:
 
 
 class Comparison:
-    """What one GPU gave, and how long it took; the others are compared with that."""
+    """What one GPU gave; the others are compared with that."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.forwards: dict[tuple[int, int], torch.Tensor] = {}  # by size and rows
         self.decoded: dict[int, torch.Tensor] = {}
-        self.steps: dict[tuple[int, int, str], float] = {}  # by GPUs, side and mode; ms
 
     def parity(self, world: int, remote: RemoteRanks) -> None:
         """Forwards of one GPU are kept; those of several must equal them."""
@@ -113,12 +113,11 @@ class Comparison:
             ends: list[float] = []
             job = picture_job(width=side, height=side, steps=STEPS, decode=False)
             began = time.perf_counter()
-            remote.run(job, make_tokens(), on_step=partial(_note, ends))
+            remote.run(job, make_tokens(), on_step=partial(note_time, ends))
             took = time.perf_counter() - began
             steps = [later - earlier for earlier, later in itertools.pairwise(ends[1:])]
-            self.steps[world, side, mode] = step = statistics.median(steps) * 1e3
             name = f"{world} GPU(s), {mode}, {side}²"
-            self.bench.add(f"{name}: a step", step, "ms")
+            self.bench.add(f"{name}: a step", statistics.median(steps) * 1e3, "ms")
             self.bench.add(f"{name}: {STEPS} steps with text", took, "s")
 
     def decode(self, world: int, remote: RemoteRanks) -> None:
@@ -140,28 +139,24 @@ class Comparison:
                 apart = float((image - self.decoded[side]).abs().mean())
                 self.bench.add(f"{world} GPU(s): decode at {side}² against one", apart, "", 0.01)
 
-    def speed_ups(self) -> None:
-        """Against one GPU, each with the faster of its modes."""
-        for side in PICTURES:
-            best = {
-                world: min(ms for (w, s, _), ms in self.steps.items() if (w, s) == (world, side))
-                for world in {world for world, _, _ in self.steps}
-            }
-            for world in sorted(best.keys() - {1}):
-                value = best[1] / best[world]
-                if (target := targets.SPEED_UPS.get((world, side))) is not None:
-                    self.bench.meet(target, value)
-                else:
-                    self.bench.add(f"{world} GPUs at {side}²: speed-up", value, "×")
-                for mode in MODES:
-                    pair = [self.steps.get((w, side, mode)) for w in (1, world)]
-                    if pair[0] and pair[1]:
-                        name = f"{world} GPUs at {side}², {mode}: speed-up"
-                        self.bench.add(name, pair[0] / pair[1], "×")
 
-
-def _note(ends: list[float], *_: object) -> None:
-    ends.append(time.perf_counter())
+def judge_speed(bench: Bench) -> None:
+    """Against one GPU, each with the faster of its modes, and mode by mode."""
+    speeds = read_speeds({"figures": [figure.as_dict() for figure in bench.figures]})
+    alone = {speed.side: speed for speed in speeds if speed.gpus == 1}
+    for speed in speeds:
+        if speed.gpus == 1:
+            continue
+        name = f"{speed.gpus} GPUs at {speed.side}²"
+        if (target := targets.SPEED_UPS.get((speed.gpus, speed.side))) is not None:
+            bench.meet(target, speed.speed_up)
+        else:
+            bench.add(f"{name}: speed-up", speed.speed_up, "×")
+        one = alone[speed.side]
+        modes = {"off": (one.eager, speed.eager), "auto": (one.compiled, speed.compiled)}
+        for mode, (by_one, by_all) in modes.items():
+            if by_one and by_all:
+                bench.add(f"{name}, {mode}: speed-up", by_one / by_all, "×")
 
 
 def kill_a_rank(bench: Bench, daemon: DaemonProcess, remote: RemoteRanks) -> None:
@@ -171,17 +166,16 @@ def kill_a_rank(bench: Bench, daemon: DaemonProcess, remote: RemoteRanks) -> Non
     ends: list[float] = []
 
     def on_step(*_: object) -> None:
-        ends.append(time.perf_counter())
+        note_time(ends)
         if len(ends) == KILLED_AFTER:
             assert ranks[-1].pid is not None
             os.kill(ranks[-1].pid, signal.SIGKILL)
 
     lost = 0
-    until = threading.Event()
-    while not until.is_set():
+    while True:
         try:
             remote.run(job, make_tokens(), on_step=on_step)
-            until.set()
+            break
         except RankLost:
             lost = len(ends)
             bench.add("rank killed amid a picture: until told", time.perf_counter() - ends[-1], "s")
@@ -219,7 +213,8 @@ def main() -> int:
     devices = [driver.device_uuid(ordinal) for ordinal in range(driver.device_count())]
     wanted = {int(each) for each in os.environ.get("XDIT_GPUS", "1,2,4,8").split(",")}
     worlds = [n for n in WORLDS if n == 1 or (n in wanted and n <= len(devices))]
-    modes = [mode for mode in MODES if mode in os.environ.get("XDIT_COMPILE", "off,auto")]
+    chosen = os.environ.get("XDIT_COMPILE", "off,auto").split(",")
+    modes = [mode for mode in MODES if mode in chosen]
     if worlds == [1]:
         print("several GPUs are needed here, and this machine shows one: nothing to measure")
         return 1
@@ -264,7 +259,7 @@ def main() -> int:
                 compiles=mode,
                 device=",".join(devices[:world]),
             )
-    comparison.speed_ups()
+    judge_speed(bench)
     return bench.status
 
 

@@ -222,11 +222,11 @@ class CudaDriver:
             primary.users += 1
             return primary
 
-    def reach_peer(self, ordinal: int, peer: int) -> bool:
+    def reach_peer(self, ordinal: int, peer: int) -> None:
         """Let one device read another's memory by itself, as NVLink or PCIe allow.
 
-        False where they do not: copies between the two go through host memory then, and are right
-        all the same. What another library enabled before stays so.
+        Where they do not, copies between the two go through host memory, and are right all the
+        same. What another library enabled before stays so.
         """
         with self.context(peer):
             pass
@@ -234,11 +234,8 @@ class CudaDriver:
             try:
                 self._call("cuCtxEnablePeerAccess", self._contexts[peer].pointer, 0)
             except CudaError as error:
-                if error.code == _PEER_ACCESS_UNSUPPORTED:
-                    return False
-                if error.code != _PEER_ACCESS_ALREADY_ENABLED:
+                if error.code not in (_PEER_ACCESS_UNSUPPORTED, _PEER_ACCESS_ALREADY_ENABLED):
                     raise
-        return True
 
     def release_primary_context(self, ordinal: int) -> None:
         """Give up the hold that ``context`` took, if any. The process's last hold frees its memory.

@@ -19,6 +19,7 @@ from xdit_sidecar.protocol.errors import Cancelled, InUse
 from xdit_sidecar.protocol.safetensors_file import SafetensorsFile
 
 TENSORS = {"weight": torch.randn(1 << 20), "bias": torch.arange(7)}
+PAYLOAD = sum(tensor.nbytes for tensor in TENSORS.values())
 
 
 @pytest.fixture
@@ -58,8 +59,7 @@ def test_a_file_is_read_once_for_all_gpus(
 ) -> None:
     for device in two_gpus:
         check(hand_over_file(client, file, device), device)
-    payload = sum(tensor.nbytes for tensor in TENSORS.values())
-    assert file.bytes_read == payload
+    assert file.bytes_read == PAYLOAD
     copies = client.status().components
     assert sorted(copy.device for copy in copies) == sorted(two_gpus)
     # The first may go: the second is a copy of its own.
@@ -68,10 +68,9 @@ def test_a_file_is_read_once_for_all_gpus(
 
 
 def test_host_memory_is_no_peer(client: Client, two_gpus: list[str], file: ComponentFile) -> None:
-    payload = sum(tensor.nbytes for tensor in TENSORS.values())
     check(hand_over_file(client, file, "cpu"), "cpu")
     check(hand_over_file(client, file, two_gpus[0]), two_gpus[0])
-    assert file.bytes_read == 2 * payload
+    assert file.bytes_read == 2 * PAYLOAD
 
 
 def test_what_one_process_has_attached_is_copied_to_another_gpu(
@@ -97,14 +96,13 @@ def test_a_copy_can_be_cancelled(client: Client, two_gpus: list[str], file: Comp
 def test_gpus_that_cannot_reach_each_other(
     client: Client, two_gpus: list[str], file: ComponentFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    payload = sum(tensor.nbytes for tensor in TENSORS.values())
     hand_over_file(client, file, two_gpus[0]).release()
     # No way of their own: through the host, but not from the file.
     monkeypatch.setenv("FAKE_CUDA_FAIL", "cuCtxEnablePeerAccess=217")
     check(hand_over_file(client, file, two_gpus[1]), two_gpus[1])
-    assert file.bytes_read == payload
+    assert file.bytes_read == PAYLOAD
     evict(client, file, two_gpus[1])
     # Whatever else is wrong between them, the file is there.
     monkeypatch.setenv("FAKE_CUDA_FAIL", "cuMemcpyDtoD_v2=1")
     check(hand_over_file(client, file, two_gpus[1]), two_gpus[1])
-    assert file.bytes_read == 2 * payload
+    assert file.bytes_read == 2 * PAYLOAD

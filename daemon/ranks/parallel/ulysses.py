@@ -50,13 +50,13 @@ def attend_by_heads(packed: Tensor, group: Any, attend: Attend) -> Tensor:
     shapes. Raises RuntimeError if one stays away past the group's deadline.
     """
     ways, three, batch, tokens, heads, size = packed.shape
-    all_tokens = _exchange(packed, group).permute(1, 2, 0, 3, 4, 5)
+    all_tokens = exchange_shares(packed, group).permute(1, 2, 0, 3, 4, 5)
     query, key, value = all_tokens.reshape(three, batch, ways * tokens, heads, size).unbind(0)
     output = attend(query, key, value).reshape(batch, ways, tokens, heads, size)
-    return _exchange(output.transpose(0, 1).contiguous(), group)
+    return exchange_shares(output.transpose(0, 1).contiguous(), group)
 
 
-def _exchange(shares: Tensor, group: Any) -> Tensor:
+def exchange_shares(shares: Tensor, group: Any) -> Tensor:
     """(P, …): each rank is given one of the first dimension; from each comes one."""
     received = torch.empty_like(shares)
     dist.all_to_all_single(received, shares, group=group)

@@ -24,6 +24,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import Tensor
 
+from .ulysses import exchange_shares
+
 TESTED_VERSIONS = SpecifierSet(">=0.7,<0.8")
 _BOTH = frozenset({"cpu", "cuda"})
 _CPU = frozenset({"cpu"})
@@ -277,13 +279,7 @@ def _all_to_all_for_compilers() -> None:
     What is compiled here does not contain the exchange.
     """
     usp = _module("model_executor.layers.usp")
-
-    def exchange(tensor: Tensor) -> Tensor:
-        output = torch.empty_like(tensor)
-        dist.all_to_all_single(output, tensor, group=usp.PROCESS_GROUP.ULYSSES_PG)
-        return output
-
-    usp._sdpa_all_to_all_single = exchange
+    usp._sdpa_all_to_all_single = lambda x: exchange_shares(x, usp.PROCESS_GROUP.ULYSSES_PG)
 
 
 @_repair(_BOTH)
