@@ -17,6 +17,8 @@ from .messages import TensorPart
 from .regions.views import safetensors_dtype, torch_dtype
 
 if TYPE_CHECKING:
+    from mmap import mmap
+
     import torch
 
 Buffer = bytes | memoryview
@@ -24,7 +26,12 @@ _Dtype = Literal["F32", "F16", "BF16", "I64", "U8"]
 
 
 def describe_tensor(
-    name: str, tensor: torch.Tensor, digest: bytes | None = None, *, inline: bool = True
+    name: str,
+    tensor: torch.Tensor,
+    digest: bytes | None = None,
+    *,
+    inline: bool = True,
+    offset: int | None = None,
 ) -> TensorPart:
     """What a message says of a tensor. Raises BadMessage for a dtype that does not travel."""
     dtype = safetensors_dtype(tensor.dtype)
@@ -32,7 +39,12 @@ def describe_tensor(
         raise BadMessage(f"tensor {name!r} is {dtype}; use one of {', '.join(get_args(_Dtype))}")
     shape = list(tensor.shape)
     return TensorPart(
-        name=name, dtype=cast(_Dtype, dtype), shape=shape, digest=digest, inline=inline
+        name=name,
+        dtype=cast(_Dtype, dtype),
+        shape=shape,
+        digest=digest,
+        inline=inline,
+        offset=offset,
     )
 
 
@@ -74,14 +86,39 @@ def unpack_tensor(part: TensorPart, frames: Iterator[Buffer], *, copy: bool = Tr
 
 
 def unpack_tensors(
-    parts: Iterable[TensorPart], frames: Iterable[Buffer]
+    parts: Iterable[TensorPart], frames: Iterable[Buffer], scratch: mmap | None = None
 ) -> dict[str, torch.Tensor]:
-    """Inline tensors by name. Raises BadMessage unless the frames are exactly theirs."""
+    """Copies of tensors by name, from frames and from a scratch region.
+
+    Raises BadMessage unless the frames are exactly those of the inline ones, and for what does not
+    lie within the region.
+    """
     arriving = iter(frames)
-    tensors = {part.name: unpack_tensor(part, arriving) for part in parts}
+    tensors = {
+        part.name: unpack_tensor(part, arriving)
+        if part.offset is None
+        else view_placed(scratch, part).clone()
+        for part in parts
+    }
     if next(arriving, None) is not None:
         raise BadMessage(f"more frames came than {len(tensors)} tensors have")
     return tensors
+
+
+def view_placed(scratch: mmap | None, part: TensorPart) -> torch.Tensor:
+    """A tensor that lies at its offset of a scratch region, writable: the region's own memory.
+
+    Raises BadMessage if it does not lie within.
+    """
+    import torch
+
+    offset, dtype = part.offset or 0, torch_dtype(part.dtype)
+    if scratch is None or offset % dtype.itemsize or offset + part.nbytes > len(scratch):
+        raise BadMessage(f"tensor {part.name!r} does not lie in a scratch region of this job")
+    if not part.nbytes:
+        return torch.empty(part.shape, dtype=dtype)
+    elements = part.nbytes // dtype.itemsize
+    return torch.frombuffer(scratch, dtype=dtype, count=elements, offset=offset).view(part.shape)
 
 
 def digest_tensor(tensor: torch.Tensor) -> bytes:

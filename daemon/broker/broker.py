@@ -294,6 +294,10 @@ class Broker:
                 self.handle(e.ReleaseAsked(asker, lease))
             case m.Evict(device=device, fingerprint=fingerprint):
                 self.handle(e.EvictAsked(asker, key(device, fingerprint)))
+            case m.OpenScratch():
+                file = self.service.open_scratch(session.name, body)
+                number = self.send_descriptor(session.name, file, asker.request)
+                self.answer(asker, m.ScratchOpened(number))
             case m.CancelRequest(request):
                 cancelled = e.Asker(session.name, request)
                 self._forget(cancelled)
@@ -443,6 +447,10 @@ class Broker:
     async def export_to(self, session: str, copy: Copy) -> m.RegionGrant:
         """A grant of the copy's region for a rank. Raises SidecarError."""
         return await self.grants.obtain(session, copy.key.device, copy.region, copy.nbytes)
+
+    def send_descriptor(self, session: str, descriptor: int, request: int = 0) -> int:
+        """See :meth:`.grants.Grants.send`."""
+        return self.grants.send(session, descriptor, request)
 
     async def make_room(self, device: str, keep: frozenset[str]) -> None:
         """Evict what nobody leases from a device, but for some regions; returns when it is gone."""

@@ -67,6 +67,17 @@ class Grants:
         self.give(session, device, region, nbytes, future.set_result, future.set_exception)
         return await future
 
+    def send(self, session: str, descriptor: int, request: int = 0) -> int:
+        """Send a descriptor ahead of what names it: its number. Takes it over.
+
+        Raises DaemonLost if the session ended.
+        """
+        connection = self._gate.connection_of(session)
+        if connection is None:
+            os.close(descriptor)
+            raise DaemonLost("the session ended")
+        return connection.send_descriptor(descriptor, request)
+
     def _grant(
         self,
         session: str,
@@ -77,14 +88,13 @@ class Grants:
         descriptor: int | None,
         request: int,
     ) -> m.RegionGrant:
-        connection = self._gate.connection_of(session)
         if isinstance(body, k.KeeperFailed):
             raise error_from_code(body.code, body.message)
-        if not isinstance(body, k.Exported) or connection is None:
+        if not isinstance(body, k.Exported) or self._gate.connection_of(session) is None:
             raise DaemonLost("the session ended")
         number = None
         if descriptor is not None:
-            number = connection.send_descriptor(descriptor, request)
+            number = self.send(session, descriptor, request)
         return m.RegionGrant(
             region=region,
             kind="memfd" if body.handle is None else "cuda_ipc",

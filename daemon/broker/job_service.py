@@ -18,21 +18,23 @@ import msgspec
 from ...protocol import limits
 from ...protocol import messages as m
 from ...protocol.errors import (
-    BadMessage,
     Internal,
     MissingComponent,
     OutOfMemory,
     RankLost,
     SidecarError,
+    error_from_code,
 )
 from ..models.sources import name_source
 from . import events as e
 from .copy import Copy
+from .job_tensors import check_tensors
 from .jobs import Frame, JobRecord, Jobs
 from .kept_tensors import KeptTensors
 from .log import log, logger
 from .rank_group import RankGroup
 from .rank_link import RankLink, Result
+from .scratch import ScratchRegion, ScratchRegions
 
 _TRIM_AFTER_SECONDS = 2.0  # without work
 _LOOK_SECONDS = 0.02
@@ -55,6 +57,8 @@ class JobHost(Protocol):
 
     async def export_to(self, session: str, copy: Copy) -> m.RegionGrant: ...
 
+    def send_descriptor(self, session: str, descriptor: int) -> int: ...
+
     async def make_room(self, device: str, keep: frozenset[str]) -> None: ...
 
     def name_holders(self, device: str) -> str: ...
@@ -66,12 +70,14 @@ class JobService:
     def __init__(self, host: JobHost, group: RankGroup) -> None:
         self.jobs = Jobs()
         self.kept = KeptTensors()
+        self.scratch = ScratchRegions()
         self._host = host
         self._group = group
         self._open: dict[str, set[int]] = {}  # region → ranks that have it mapped, or are about to
         self._closing: dict[str, list[Callable[[], None]]] = {}
         self._dropped_jobs: list[int] = []
         self._dropped_sessions: list[str] = []
+        self._dropped_scratches: list[tuple[str, int]] = []
         self._served: set[str] = set()  # sessions that had jobs, of which ranks may keep something
         self._numbers = itertools.count(1)
         self._wake = asyncio.Event()
@@ -89,12 +95,14 @@ class JobService:
         """Take no further turn."""
         if self._task is not None:
             self._task.cancel()
+        self.scratch.close()
 
     # --- what the broker tells
 
     def submit(self, asker: e.Asker, domain: str, body: m.Job, frames: Frames) -> None:
         """Queue a job. Raises BadMessage, RanksUnavailable and Busy."""
-        _check_frames(body.tensors, frames)
+        scratch = self._scratch_of(asker.session, body)
+        check_tensors(body.tensors, frames, None if scratch is None else scratch.nbytes)
         if self._group.state == "degraded" or not self._group.devices:
             raise self._group.explain()
         if missing := self.kept.missing(asker.session, body.tensors):
@@ -103,6 +111,13 @@ class JobService:
         self.jobs.add(JobRecord(next(self._numbers), asker, domain, body, frames))
         self._served.add(asker.session)
         self._wake.set()
+
+    def open_scratch(self, session: str, body: m.OpenScratch) -> int:
+        """Make a scratch region: a descriptor of it. Raises Busy, OutOfMemory and BadMessage."""
+        if body.instead_of is not None and self.scratch.end(session, body.instead_of):
+            self._dropped_scratches.append((session, body.instead_of))
+            self._wake.set()
+        return self.scratch.open(session, body.number, body.nbytes)
 
     def cancel(self, asker: e.Asker) -> None:
         """The client gave up: nobody waits for this job any more."""
@@ -113,6 +128,7 @@ class JobService:
         """Forget the jobs of a session and what is kept for it, here and in the ranks."""
         self._drop(self.jobs.cancel_session(session))
         self.kept.end_session(session)
+        self.scratch.end_session(session)
         if session in self._served:
             self._served.remove(session)
             self._dropped_sessions.append(session)
@@ -140,8 +156,9 @@ class JobService:
                 self._group.compiles = "off"
                 log("compile-given-up", "warning", error=str(error))
         self.kept.clear()
-        self._dropped_jobs.clear()
-        self._dropped_sessions.clear()
+        self.scratch.ranks_lost()
+        for dropped in (self._dropped_jobs, self._dropped_sessions, self._dropped_scratches):
+            dropped.clear()
         for job in self.jobs.drain_begun():
             if job is not self.jobs.running:  # that one's turn ends with the same error
                 self._refuse(job, error)
@@ -222,7 +239,7 @@ class JobService:
         """One step of work, the most urgent first; False when there is none."""
         if self._closing:
             await self._close_regions()
-        elif self._dropped_jobs or self._dropped_sessions:
+        elif self._dropped_jobs or self._dropped_sessions or self._dropped_scratches:
             await self._drop_from_ranks()
         elif self._compile_is_overdue():
             await self._compile()
@@ -246,9 +263,13 @@ class JobService:
     async def _drop_from_ranks(self) -> None:
         jobs = self._dropped_jobs[: limits.JOBS]
         sessions = self._dropped_sessions[: limits.SESSIONS]
+        scratches = self._dropped_scratches[: limits.SCRATCHES]
         del self._dropped_jobs[: limits.JOBS], self._dropped_sessions[: limits.SESSIONS]
+        del self._dropped_scratches[: limits.SCRATCHES]
         await self._group.run(
-            lambda link: m.DropTask(task=link.new_task(), jobs=jobs, sessions=sessions)
+            lambda link: m.DropTask(
+                task=link.new_task(), jobs=jobs, sessions=sessions, scratches=scratches
+            )
         )
 
     async def _take_turn(self, job: JobRecord) -> None:
@@ -260,6 +281,7 @@ class JobService:
                 return
             self._worked, job.life = True, self._group.starts
             await self._open_components(job)
+            await self._open_scratch(job)
             if job.cancelled:  # perhaps with its session, for which nothing may be kept any more
                 self._drop([job])
                 return
@@ -338,6 +360,35 @@ class JobService:
             for rank in lacking.keys() - opened:
                 self._open.get(lacking[rank].region, set()).discard(rank)
 
+    async def _open_scratch(self, job: JobRecord) -> None:
+        """Have every rank map the job's scratch region. Raises BadMessage and BadJob."""
+        region = self._scratch_of(job.asker.session, job.body)
+        if region is None or region.ranks.issuperset(range(len(self._group.links))):
+            return
+        self._group.check_life(job.life)
+        grants = {
+            link.rank: m.ScratchGrant(
+                session=region.session,
+                number=region.number,
+                nbytes=region.nbytes,
+                descriptor=self._host.send_descriptor(_session_of(link), region.duplicate()),
+            )
+            for link in self._group.links
+            if link.rank not in region.ranks
+        }
+        region.ranks.update(grants)
+        results = await self._group.run(
+            lambda link: m.OpenTask(task=link.new_task(), scratch=grants.get(link.rank))
+        )
+        for rank in grants:
+            if isinstance(outcome := results[rank].outcome, m.Failed):
+                region.ranks.clear()  # told again, those that have it forget the old map
+                raise error_from_code(outcome.code, outcome.message)
+
+    def _scratch_of(self, session: str, body: m.Job) -> ScratchRegion | None:
+        number = body.scratch if isinstance(body, m.Forward) else None
+        return None if number is None else self.scratch.find(session, number)
+
     def _find(self, job: JobRecord, device: str, role: str, fingerprint: str) -> Copy:
         for place in dict.fromkeys([device, "cpu"]):
             copy = self._host.find_resident(job.domain, fingerprint, place)
@@ -348,9 +399,7 @@ class JobService:
         )
 
     async def _export(self, link: RankLink, copy: Copy) -> m.OpenedRegion:
-        if link.session is None:
-            raise RankLost(f"rank {link.rank} ended: try again")
-        grant = await self._host.export_to(link.session, copy)
+        grant = await self._host.export_to(_session_of(link), copy)
         return m.OpenedRegion(grant=grant, component=copy.component)
 
     async def _turn(self, job: JobRecord) -> Result:
@@ -422,6 +471,12 @@ class JobService:
         self._host.answer(job.asker, m.failed_answer(error))
 
 
+def _session_of(link: RankLink) -> str:
+    if link.session is None:
+        raise RankLost(f"rank {link.rank} ended: try again")
+    return link.session
+
+
 def _out_of_memory(result: Result) -> m.Failed | None:
     """The outcome, if it is that."""
     outcome = result.outcome
@@ -432,25 +487,3 @@ def _components(body: m.Job) -> list[tuple[str, str]]:
     """(role, fingerprint) of everything that a job computes with."""
     adapters = getattr(body, "adapters", [])
     return [*body.components.items(), *(("lora", adapter.fingerprint) for adapter in adapters)]
-
-
-def _check_frames(parts: Sequence[m.TensorPart], frames: Frames) -> None:
-    """Raise BadMessage unless each inline tensor has frames of exactly its bytes."""
-    inline = [part for part in parts if part.inline]
-    if len({part.name for part in parts}) != len(parts):
-        raise BadMessage("two tensors of this job have the same name")
-    expected = sum(part.frames for part in inline)
-    if expected != len(frames):
-        raise BadMessage(f"the tensors of this job fill {expected} frames, {len(frames)} came")
-    arriving = iter(frames)
-    for part in inline:
-        nbytes = sum(map(len, itertools.islice(arriving, part.frames)))
-        if nbytes != part.nbytes:
-            raise BadMessage(
-                f"tensor {part.name!r} has {part.nbytes} bytes by its shape, its frames {nbytes}"
-            )
-    for part in parts:
-        if not part.inline and part.digest is None:
-            raise BadMessage(f"tensor {part.name!r} has neither bytes nor a digest")
-    if sum(part.nbytes for part in parts) > limits.KEPT_BYTES:
-        raise BadMessage(f"the tensors of one job exceed {limits.KEPT_BYTES} bytes")

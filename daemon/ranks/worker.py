@@ -34,6 +34,7 @@ from .probe import perform_probe
 from .reservation import Reservation
 from .runs.base import Engines, Progress, Run
 from .runs.begin import begin_run
+from .scratch import MappedScratches
 from .text_encoding import TextEncoding
 
 # Imports take long on a loaded machine, and not equally long; the broker's patience is the bound.
@@ -73,6 +74,7 @@ class Worker:
             TextEncoding(self._components),
         )
         self._kept: dict[tuple[str, bytes], Tensor] = {}
+        self._scratches = MappedScratches()
         self._runs: dict[int, _Begun] = {}
         self._at_work = ""  # the session whose turn it is
 
@@ -142,7 +144,9 @@ class Worker:
         match task:
             case m.ProbeTask():
                 return m.Probed(_probe(task, take)), []
-            case m.OpenTask(regions=regions):
+            case m.OpenTask(regions=regions, scratch=scratch):
+                if scratch is not None:
+                    self._scratches.open(scratch, take(scratch.descriptor))
                 for opened in regions:
                     number = opened.grant.descriptor
                     descriptor = None if number is None else take(number)
@@ -152,7 +156,9 @@ class Worker:
                 self._engines.denoiser.forget_regions()
                 self._components.close(closed)
                 return m.Opened(), []
-            case m.DropTask(jobs=jobs, sessions=sessions):
+            case m.DropTask(jobs=jobs, sessions=sessions, scratches=scratches):
+                for key in scratches:
+                    self._scratches.forget(key)
                 for job in jobs:
                     if (begun := self._runs.pop(job, None)) is not None:
                         begun.run.end()
@@ -179,7 +185,7 @@ class Worker:
             run = begun.run
         else:
             try:
-                tensors = self._receive(task.session, task.body.tensors, frames)
+                tensors = self._receive(task.session, task.body, frames)
             finally:  # afterwards, because it may be something that this job itself brought
                 for key in task.forget:
                     self._kept.pop(key, None)
@@ -200,18 +206,19 @@ class Worker:
         if isinstance(result, Progress):
             parts, data = self._send(result.tensors)
             return m.Step(step=result.step, steps=result.steps, tensors=parts), data
-        parts, data = self._send(result)
+        parts, data = self._send(result, task)
         return m.Output(parts), data
 
-    def _receive(
-        self, session: str, parts: Sequence[m.TensorPart], frames: Frames
-    ) -> dict[str, Tensor]:
+    def _receive(self, session: str, job: m.Job, frames: Frames) -> dict[str, Tensor]:
         """A job's tensors, on the device."""
         tensors = {}
         arriving = iter(frames)
-        for part in parts:
+        scratch = job.scratch if isinstance(job, m.Forward) else None
+        for part in job.tensors:
             key = (session, part.digest or b"")
-            if part.inline:
+            if part.offset is not None:
+                tensor = self._scratches.read(session, scratch, part).to(self._group.device)
+            elif part.inline:
                 tensor = unpack_tensor(part, arriving, copy=False).to(self._group.device)
                 if part.digest is not None:
                     self._kept[key] = tensor
@@ -222,11 +229,18 @@ class Worker:
             tensors[part.name] = tensor
         return tensors
 
-    def _send(self, tensors: Mapping[str, Tensor]) -> tuple[list[m.TensorPart], list[memoryview]]:
+    def _send(
+        self, tensors: Mapping[str, Tensor], task: m.TurnTask | None = None
+    ) -> tuple[list[m.TensorPart], list[memoryview]]:
+        """Descriptions and frames; none of these where the task's client has room for the bytes."""
         for name, tensor in tensors.items():
             check_output(name, tensor.nbytes)  # looked at by all ranks: all must end alike
         if self._group.rank != 0:
             return [], []
+        if task is not None and isinstance(task.body, m.Forward) and task.body.scratch is not None:
+            left = self._scratches.write(task.session, task.body, tensors)
+            if left is not None:
+                return left, []
         packed = [pack_tensor(name, tensor) for name, tensor in tensors.items()]
         return [part for part, _ in packed], [frame for _, frames in packed for frame in frames]
 
@@ -238,6 +252,7 @@ class Worker:
 
     def _forget_session(self, session: str) -> None:
         self._engines.denoiser.forget_session(session)
+        self._scratches.forget_session(session)
         for key in [key for key in self._kept if key[0] == session]:
             del self._kept[key]
 

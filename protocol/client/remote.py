@@ -16,9 +16,12 @@ from .client import Client
 from .deadline import Deadline, ShouldCancel
 from .exchange import raise_refusal
 from .kept import SentTensors
+from .scratch import IN_SCRATCH, Scratch, room_for
 
 if TYPE_CHECKING:
     import torch
+
+    from .session import ClientSession
 
 OnStep = Callable[[int, int, "torch.Tensor | None"], None]
 Tensors = Mapping[str, "torch.Tensor"]
@@ -88,39 +91,59 @@ class RemoteRanks:
     ) -> tuple[m.AnswerBody, dict[str, torch.Tensor]]:
         deadline = Deadline(timeout, should_cancel)
         session = self._client.session(deadline)
+        exchanges = self._client.exchanges
+
+        def open_scratch(body: m.OpenScratch) -> int:
+            opened = exchanges.ask(session, body, m.ScratchOpened, deadline)
+            return session.take_descriptor(opened.descriptor, deadline)
+
+        with session.scratches.lend(room_for(job, tensors), open_scratch) as scratch:
+            body, frames = self._pack(session, job, tensors, keep, scratch)
+            with exchanges.open(session, body, deadline, frames) as request:
+                answer, back = request.receive()
+                while isinstance(answer, m.Step):
+                    deadline.restart()
+                    if on_step is not None:
+                        preview = unpack_tensors(answer.tensors, back).get("preview")
+                        on_step(answer.step, answer.steps, preview)
+                    answer, back = request.receive()
+            raise_refusal(session, answer)
+            if isinstance(answer, m.Output):
+                with self._lock:
+                    self._sent.enter(session)
+                    for part in body.tensors:
+                        if part.digest is not None:
+                            self._sent.sent(part.digest)
+                memory = None if scratch is None else scratch.memory
+                return answer, unpack_tensors(answer.tensors, back, memory)
+            if not isinstance(answer, m.Need):
+                raise BadMessage(f"the daemon answered with a {type(answer).__name__}")
+            return answer, {}
+
+    def _pack(
+        self,
+        session: ClientSession,
+        job: m.Job,
+        tensors: Tensors,
+        keep: Collection[str],
+        scratch: Scratch | None,
+    ) -> tuple[m.Job, list[Buffer]]:
+        """The job with its tensors described, and their frames."""
         parts: list[m.TensorPart] = []
         frames: list[Buffer] = []
         with self._lock:
             self._sent.enter(session)
             for name, tensor in tensors.items():
                 digest = self._sent.name(tensor) if name in keep else None
-                part, data = self._pack(name, tensor, digest)
-                parts.append(part)
-                frames += data
+                if scratch is not None and name == IN_SCRATCH:
+                    parts.append(scratch.place(name, tensor))
+                elif digest is not None and self._sent.was_sent(digest):
+                    parts.append(describe_tensor(name, tensor, digest, inline=False))
+                else:
+                    part, data = pack_tensor(name, tensor, digest)
+                    parts.append(part)
+                    frames += data
         body = msgspec.structs.replace(job, tensors=parts)
-        with self._client.exchanges.open(session, body, deadline, frames) as request:
-            answer, back = request.receive()
-            while isinstance(answer, m.Step):
-                deadline.restart()
-                if on_step is not None:
-                    preview = unpack_tensors(answer.tensors, back).get("preview")
-                    on_step(answer.step, answer.steps, preview)
-                answer, back = request.receive()
-        raise_refusal(session, answer)
-        if isinstance(answer, m.Output):
-            with self._lock:
-                self._sent.enter(session)
-                for part in parts:
-                    if part.digest is not None:
-                        self._sent.sent(part.digest)
-            return answer, unpack_tensors(answer.tensors, back)
-        if not isinstance(answer, m.Need):
-            raise BadMessage(f"the daemon answered with a {type(answer).__name__}")
-        return answer, {}
-
-    def _pack(
-        self, name: str, tensor: torch.Tensor, digest: bytes | None
-    ) -> tuple[m.TensorPart, list[memoryview]]:
-        if digest is None or not self._sent.was_sent(digest):
-            return pack_tensor(name, tensor, digest)
-        return describe_tensor(name, tensor, digest, inline=False), []
+        if scratch is not None and isinstance(body, m.Forward):
+            body = msgspec.structs.replace(body, scratch=scratch.number)
+        return body, frames

@@ -45,6 +45,7 @@ from ..version import (
     explain_mismatch,
 )
 from .deadline import Deadline
+from .scratch import ScratchPool
 
 Channel = zmq.Socket[bytes]
 SessionEnd = tuple[type[SidecarError], str]  # of what is raised about it
@@ -125,6 +126,7 @@ class ClientSession:
             context, endpoints.control, limits.CONTROL_QUEUE, limits.CONTROL_FRAME
         )
         self.bulk = ChannelPool(context, endpoints.bulk, limits.BULK_QUEUE, limits.BULK_FRAME)
+        self.scratches = ScratchPool(daemon)
         self._stream = stream
         self._on_orphaned = on_orphaned
         self._descriptors: dict[int, tuple[int, int]] = {}  # number -> descriptor, request
@@ -251,6 +253,7 @@ class ClientSession:
         self._stream.close()
         self.control.close(self._why_lost)
         self.bulk.close(self._why_lost)
+        self.scratches.close()
         with self._arrived:
             self.lost.set()
             for descriptor, _ in self._descriptors.values():

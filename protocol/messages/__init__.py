@@ -24,11 +24,13 @@ from .control import Filling as Filling
 from .control import FillProgress as FillProgress
 from .control import GetStatus as GetStatus
 from .control import HandOver as HandOver
+from .control import OpenScratch as OpenScratch
 from .control import Ping as Ping
 from .control import Pong as Pong
 from .control import Probe as Probe
 from .control import Probed as Probed
 from .control import Release as Release
+from .control import ScratchOpened as ScratchOpened
 from .control import failed_answer as failed_answer
 from .envelopes import Answer as Answer
 from .envelopes import AnswerBody as AnswerBody
@@ -92,6 +94,7 @@ from .tasks import OpenedRegion as OpenedRegion
 from .tasks import OpenTask as OpenTask
 from .tasks import Outcome as Outcome
 from .tasks import ProbeTask as ProbeTask
+from .tasks import ScratchGrant as ScratchGrant
 from .tasks import Task as Task
 from .tasks import TrimTask as TrimTask
 from .tasks import TurnTask as TurnTask

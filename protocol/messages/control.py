@@ -76,6 +76,19 @@ class Probe(Message, frozen=True, tag="probe", kw_only=True):
     write: Annotated[bytes, Meta(min_length=1, max_length=limits.PROBE)] | None = None
 
 
+class OpenScratch(Message, frozen=True, tag="open-scratch", kw_only=True):
+    """Host memory that this session shares with the ranks, for tensors of one job at a time.
+
+    Answered by :class:`ScratchOpened`. ``number`` is the client's own name for it. Each lasts until
+    the session ends or another is opened ``instead_of`` it, which need not exist. Whoever gave up
+    a job that used one opens another: the ranks may still be writing to it.
+    """
+
+    number: Count
+    nbytes: Annotated[int, Meta(ge=limits.SCRATCH_ALIGNMENT, le=limits.SCRATCH)]
+    instead_of: Count | None = None
+
+
 class GetStatus(Message, frozen=True, tag="status"):
     """Answered by :class:`Status`."""
 
@@ -117,6 +130,12 @@ class Attached(Message, frozen=True, tag="attached", kw_only=True):
     lease: LeaseId
     grant: RegionGrant
     component: Component
+
+
+class ScratchOpened(Message, frozen=True, tag="scratch-opened"):
+    """The scratch region is there, writable; its size never changes."""
+
+    descriptor: Count  # number of the Descriptor on the session stream
 
 
 class Done(Message, frozen=True, tag="done"):

@@ -18,11 +18,13 @@ from .control import (
     FillProgress,
     GetStatus,
     HandOver,
+    OpenScratch,
     Ping,
     Pong,
     Probe,
     Probed,
     Release,
+    ScratchOpened,
 )
 from .fields import Count, Message, Token
 from .jobs import Decode, Encode, EncodeText, Forward, Generate, Need, Output, Step
@@ -53,6 +55,7 @@ RequestBody = (
     | Release
     | Evict
     | Probe
+    | OpenScratch
     | GetStatus
     | CancelRequest
 )
@@ -62,6 +65,7 @@ AnswerBody = (
     | Fill
     | Filling
     | Attached
+    | ScratchOpened
     | Done
     | Probed
     | Failed

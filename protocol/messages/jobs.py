@@ -3,6 +3,7 @@
 The tensors of a job travel as raw frames behind the message. A tensor that comes again and again
 (a prompt's conditioning) is sent once with the digest of its bytes and afterwards named by it; a
 digest that the ranks do not have, or no longer, is answered with :class:`Need`, never guessed.
+Latents of forwards need not travel at all: they lie in a scratch region of the session.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class TensorPart(msgspec.Struct, frozen=True, kw_only=True):
     """One tensor of a job or an answer, contiguous and little-endian.
 
     ``inline``: its bytes are the next raw frames. With a ``digest`` they are kept for the session
-    and need not be sent again.
+    and need not be sent again. ``offset``: its bytes lie there in the job's scratch region.
     """
 
     name: Name
@@ -38,6 +39,7 @@ class TensorPart(msgspec.Struct, frozen=True, kw_only=True):
     shape: Annotated[list[_Extent], Meta(max_length=limits.DIMENSIONS)]
     digest: Digest | None = None
     inline: bool = True
+    offset: Annotated[int, Meta(ge=0, le=limits.SCRATCH)] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -80,6 +82,8 @@ class Forward(Message, frozen=True, tag="forward", kw_only=True):
     Component "transformer". Tensors: "x" (B, C, H, W), "timestep" (B,), "context" (B, T, E), "y"
     (B, P), perhaps "guidance" (B,) and "ref_latents.0"…; sigmas as timestep, guidance unscaled.
     ``run`` tells apart what one session denoises in turns (PipeFusion keeps state for each).
+    With a ``scratch`` region of the session "x" may lie in it, and behind it, if there is room, the
+    ranks leave the output there.
     """
 
     components: Components
@@ -90,6 +94,7 @@ class Forward(Message, frozen=True, tag="forward", kw_only=True):
     adapters: Adapters = msgspec.field(default_factory=list)
     ref_latents_method: RefLatentsMethod = "offset"
     run: Name = ""
+    scratch: Count | None = None
 
 
 class Generate(Message, frozen=True, tag="generate", kw_only=True):

@@ -56,13 +56,23 @@ class OpenedRegion(msgspec.Struct, frozen=True, kw_only=True):
     component: Component
 
 
+class ScratchGrant(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank needs to map a scratch region of a client's session."""
+
+    session: Name
+    number: Count
+    nbytes: Annotated[int, Meta(ge=limits.SCRATCH_ALIGNMENT, le=limits.SCRATCH)]
+    descriptor: Count
+
+
 class OpenTask(Message, frozen=True, tag="open-task", kw_only=True):
-    """Map the regions of components and keep them mapped. Outcome :class:`Opened`."""
+    """Map regions of components, or a scratch region, and keep them mapped. Outcome Opened."""
 
     task: Count
     regions: Annotated[
         list[OpenedRegion], Meta(max_length=limits.JOB_COMPONENTS + limits.JOB_ADAPTERS)
-    ]
+    ] = msgspec.field(default_factory=list)
+    scratch: ScratchGrant | None = None
 
 
 class CloseTask(Message, frozen=True, tag="close-task", kw_only=True):
@@ -93,12 +103,15 @@ class TurnTask(Message, frozen=True, tag="turn-task", kw_only=True):
 
 
 class DropTask(Message, frozen=True, tag="drop-task", kw_only=True):
-    """Forget unfinished jobs, and everything that is kept for ended sessions."""
+    """Forget unfinished jobs, scratch regions, and everything that is kept for ended sessions."""
 
     task: Count
     jobs: Annotated[list[Count], Meta(max_length=limits.JOBS)] = msgspec.field(default_factory=list)
     sessions: Annotated[list[Name], Meta(max_length=limits.SESSIONS)] = msgspec.field(
         default_factory=list
+    )
+    scratches: Annotated[list[tuple[Name, Count]], Meta(max_length=limits.SCRATCHES)] = (
+        msgspec.field(default_factory=list)
     )
 
 

@@ -68,6 +68,18 @@ def available_host_memory() -> tuple[int, int]:
     return min(available, max(0, limit - current)), min(total, limit)
 
 
+def create_memfd(nbytes: int, *seals: int) -> int:
+    """The descriptor of a nameless file of that size, which never changes; OSError."""
+    file = os.memfd_create("xdit-sidecar", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(file, nbytes)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, sum(seals, _SIZE_SEALS))
+    except OSError:
+        os.close(file)
+        raise
+    return file
+
+
 class MemfdOwner(RegionOwner):
     """The keeper's side of host regions."""
 
@@ -91,14 +103,7 @@ class MemfdOwner(RegionOwner):
         free = self.facts().free
         if nbytes > free:
             raise NotEnoughMemory(nbytes, free)
-        file = os.memfd_create("xdit-sidecar", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(file, nbytes)
-            fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SIZE_SEALS)
-        except OSError:
-            os.close(file)
-            raise
-        self._files[region] = file
+        self._files[region] = create_memfd(nbytes)
 
     def export(self, region: str) -> Export:
         file = self._files[region]

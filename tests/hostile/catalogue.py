@@ -24,6 +24,7 @@ ATTACKS: dict[str, Attack] = {
         crowds.SessionChurn(),
         crowds.RoutingIds(),
         crowds.SentDescriptors(),
+        crowds.Scratches(),
         crowds.SlowHello(),
     )
 }

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from xdit_sidecar.protocol import limits
 from xdit_sidecar.protocol.version import encode_preamble
 
-from hostile.attack import DEFENDED, Attack, Dealer, Target
+from hostile.attack import DEFENDED, Attack, Dealer, Target, expect_refusal
 from hostile.wire import GREETING, connect, frame, hello, raw_zmq, zmtp_frame, zmtp_ready
 
 
@@ -137,6 +137,31 @@ class SentDescriptors(Attack):
                         start = GREETING
                     socket.send_fds(sock, [start], [file.fileno()] * amount)
                     socket.send_fds(sock, [b"\0"], [file.fileno()] * amount)
+        return count
+
+
+class Scratches(Attack):
+    """Scratch regions of any number and size, instead of any others, and none given up."""
+
+    name = "scratches"
+    count = 5_000
+
+    def run(self, target: Target, count: int) -> int:
+        numbers, opened = range(2 * limits.SCRATCHES_PER_SESSION), 0
+        with target.session() as session, Dealer(target) as dealer:
+            for request in range(1, count + 1):
+                number, other = target.random.choices((*numbers, -1, 2**60), k=2)
+                size = target.random.choice((0, 1, 4095, 4096, limits.SCRATCH, limits.SCRATCH + 1))
+                body = {"type": "open-scratch", "number": number, "nbytes": size}
+                if target.random.random() < 0.5:
+                    body["instead_of"] = other
+                answer = dealer.ask(session.token, body, request)
+                if answer["type"] == "scratch-opened":
+                    opened += 1
+                else:
+                    expect_refusal(answer, "bad-message", "busy", "out-of-memory")
+                session.drain()
+        assert opened
         return count
 
 

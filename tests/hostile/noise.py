@@ -133,6 +133,7 @@ def valid_requests(token: bytes) -> list[dict[str, Any]]:
         {"type": "release", "lease": thing},
         {"type": "evict", "device": "cpu", "fingerprint": fingerprint},
         {"type": "probe", "region": thing, "reader": "keeper", "offset": 0, "length": 32},
+        {"type": "open-scratch", "number": 1, "nbytes": 4096, "instead_of": 1},
         {"type": "cancel", "request": 3},
         {"type": "await-task"},
         {"type": "finish-task", "task": 1, "data": b"x", "error": None},

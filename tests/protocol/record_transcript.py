@@ -19,6 +19,7 @@ from xdit_sidecar.protocol.version import PROTOCOL_VERSION, encode_preamble
 TRANSCRIPTS = Path(__file__).parent / "transcripts"
 TOKEN = b"{the token of this session here}"
 REGION, LEASE = "c0ffee" * 5 + "01", "c0ffee" * 5 + "02"
+SCRATCH = 1 << 20  # bytes
 FINGERPRINT = "bytes:" + "5a" * 32
 
 
@@ -59,6 +60,7 @@ def record() -> dict[str, object]:
         ("release-again", m.Release(LEASE), "done", []),
         ("evict", m.Evict(device="cpu", fingerprint=FINGERPRINT), "done", []),
         ("cancel", m.CancelRequest(999), "done", []),
+        ("scratch", m.OpenScratch(number=1, nbytes=SCRATCH), "scratch-opened", ["descriptor"]),
     ]
     return {
         "protocol": str(PROTOCOL_VERSION),

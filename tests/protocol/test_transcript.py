@@ -21,6 +21,7 @@ from daemon_process import DaemonProcess, running_daemon
 TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("client-*.json"))
 SECONDS = 20
 MAJOR = 1
+SCRATCH = 1 << 20  # bytes
 
 
 @pytest.fixture
@@ -122,6 +123,10 @@ def replay(daemon: DaemonProcess, path: Path, change: Callable[[Any], Any] = sam
                 assert session.frame()["number"] == body["grant"]["descriptor"]
                 assert os.pread(session.descriptors[-1], 4, 0) == b"mine"
                 assert body["component"]["tensors"][0][0] == "decoder.weight"
+            elif body["type"] == "scratch-opened":
+                assert session.frame()["number"] == body["descriptor"]
+                assert os.fstat(session.descriptors[-1]).st_size == SCRATCH
+                assert os.pwrite(session.descriptors[-1], b"mine", SCRATCH - 4) == 4
             elif body["type"] == "status-report":
                 assert body["components"][0]["sessions"] == [welcome["session"]]
         assert daemon.wait_for_status(lambda status: not status.components)
