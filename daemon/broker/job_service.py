@@ -35,6 +35,7 @@ from .log import log, logger
 from .rank_group import RankGroup
 from .rank_link import RankLink, Result
 from .scratch import ScratchRegion, ScratchRegions
+from .wake import Wake
 
 _TRIM_AFTER_SECONDS = 2.0  # without work
 _LOOK_SECONDS = 0.02
@@ -80,7 +81,7 @@ class JobService:
         self._dropped_scratches: list[tuple[str, int]] = []
         self._served: set[str] = set()  # sessions that had jobs, of which ranks may keep something
         self._numbers = itertools.count(1)
-        self._wake = asyncio.Event()
+        self._wake = Wake()
         self._worked = False  # since memory was trimmed
         self._compile_at = math.inf  # when ranks are to compile though jobs wait
         self._compiling = False
@@ -195,9 +196,7 @@ class JobService:
             patience = _COMPILE_AFTER_SECONDS
         elif self._worked and self._group.state == "ready":
             patience = _TRIM_AFTER_SECONDS
-        try:
-            await asyncio.wait_for(self._wake.wait(), patience)
-        except TimeoutError:
+        if not await self._wake.wait(patience):
             if self._has_to_compile:
                 await self._compile()
             else:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from ...protocol import limits
@@ -44,9 +45,11 @@ class MappedScratches:
         for key in [key for key in self._maps if key[0] == session]:
             del self._maps[key]
 
-    def read(self, session: str, number: int | None, part: m.TensorPart) -> Tensor:
-        """A copy of a tensor that lies in a region, in host memory."""
-        return view_placed(self._find(session, number), part).clone()
+    def read(
+        self, session: str, number: int | None, part: m.TensorPart, device: torch.device
+    ) -> Tensor:
+        """A copy, on ``device``, of a tensor that lies in a region."""
+        return view_placed(self._find(session, number), part).to(device, copy=True)
 
     def write(
         self, session: str, job: m.Forward, tensors: Mapping[str, Tensor]

@@ -217,7 +217,7 @@ class Worker:
         for part in job.tensors:
             key = (session, part.digest or b"")
             if part.offset is not None:
-                tensor = self._scratches.read(session, scratch, part).to(self._group.device)
+                tensor = self._scratches.read(session, scratch, part, self._group.device)
             elif part.inline:
                 tensor = unpack_tensor(part, arriving, copy=False).to(self._group.device)
                 if part.digest is not None:

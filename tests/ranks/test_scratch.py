@@ -15,6 +15,7 @@ from xdit_sidecar.protocol.regions.memfd import create_memfd
 from xdit_sidecar.protocol.tensors import describe_tensor, unpack_tensors, view_placed
 
 SIZE = 4096
+CPU = torch.device("cpu")
 
 
 class Owner:
@@ -41,7 +42,7 @@ def test_an_input_is_a_copy(dtype: torch.dtype) -> None:
     owner = Owner()
     given = torch.randn(2, 3, 5).to(dtype)
     part = owner.place(given, offset=64)
-    read = owner.scratches.read("s1", 1, part)
+    read = owner.scratches.read("s1", 1, part, CPU)
     owner.memory[:] = bytes(SIZE)
     assert torch.equal(read, given)
 
@@ -75,7 +76,7 @@ def test_another_session_or_number_has_nothing() -> None:
     part = owner.place(torch.zeros(4))
     for session, number in [("s2", 1), ("s1", 2), ("s1", None)]:
         with pytest.raises(Internal, match="not mapped"):
-            owner.scratches.read(session, number, part)
+            owner.scratches.read(session, number, part, CPU)
 
 
 def test_forgotten_ones_are_unmapped() -> None:
@@ -92,7 +93,7 @@ def test_forgotten_ones_are_unmapped() -> None:
     owner.scratches.forget_session("s1")
     assert mapped() == before + 1
     with pytest.raises(Internal):
-        owner.scratches.read("s1", 1, owner.place(torch.zeros(4)))
+        owner.scratches.read("s1", 1, owner.place(torch.zeros(4)), CPU)
 
 
 def test_what_cannot_be_mapped_is_the_jobs_fault() -> None:
