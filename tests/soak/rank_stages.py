@@ -96,9 +96,11 @@ def _scene(*options: str) -> Iterator[RanksScene]:
         yield scene
 
 
+DEATHS = {f"ranks-die-{phase}": (lambda phase=phase: die(phase)) for phase in deaths.PHASES}
+
 STAGES = {
     "ranks-forwards": forwards,
     "ranks-cancels": cancels,
-    **{f"ranks-die-{phase}": (lambda phase=phase: die(phase)) for phase in deaths.PHASES},
+    **DEATHS,
     "ranks-exactness": exactness,
 }

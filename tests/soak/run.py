@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,11 +24,13 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "examples", "benchmar
 import project  # noqa: E402
 from machine import describe_run  # noqa: E402
 
-from soak.stages import STAGES  # noqa: E402
+from soak.stages import PATIENT, STAGES  # noqa: E402
 
 CACHE = ROOT / ".cache/soak"
 RESULT = ROOT / "benchmarks/results/soak.json"
 _CODE = ("protocol", "daemon", "comfy_client_node", "examples", "tests")
+_AT_ONCE = 3  # of the stages that mostly wait
+_running: set[subprocess.Popen[str]] = set()
 _LIMIT = 3_600.0  # seconds; a stage takes a quarter of that at most, if it does not hang
 
 
@@ -51,7 +54,6 @@ def digest() -> str:
 def run_stage(name: str, code: str) -> bool:
     """One stage in a process of its own. Whether it went well."""
     began = time.monotonic()
-    print(f"{name:<28} ", end="", flush=True)
     stage = subprocess.Popen(
         [sys.executable, __file__, "--inside", name],
         stdout=subprocess.PIPE,
@@ -59,24 +61,43 @@ def run_stage(name: str, code: str) -> bool:
         text=True,
         start_new_session=True,
     )
+    _running.add(stage)
     try:
         out, err = stage.communicate(timeout=_LIMIT)
     except subprocess.TimeoutExpired:
         end_group(stage)
-        print(f"ENDED: it took more than {_LIMIT:.0f} s\n{stage.communicate()[1]}", flush=True)
+        say(name, f"ENDED: it took more than {_LIMIT:.0f} s\n{stage.communicate()[1]}")
         return False
     finally:
+        _running.discard(stage)
         end_group(stage)
     seconds = time.monotonic() - began
     if stage.returncode:
-        print(f"FAILED after {seconds:.0f} s\n{err}", flush=True)
+        say(name, f"FAILED after {seconds:.0f} s\n{err}")
         return False
     about = {"code": code, "commit": git("rev-parse", "HEAD") or "unknown"}
     result = {**about, **json.loads(out), "stage_seconds": round(seconds, 1)}
     CACHE.mkdir(parents=True, exist_ok=True)
     (CACHE / f"{name}.json").write_text(json.dumps(result, indent=1))
-    print(f"ok, {seconds:.0f} s", flush=True)
+    say(name, f"ok, {seconds:.0f} s")
     return True
+
+
+def run_together(names: list[str], code: str) -> list[str]:
+    """Several stages at once. Those that did not go well."""
+    pool = ThreadPoolExecutor(_AT_ONCE)
+    went = [pool.submit(run_stage, name, code) for name in names]
+    try:
+        return [name for name, future in zip(names, went, strict=True) if not future.result()]
+    finally:  # of an interrupted run: what has not ended is ended
+        pool.shutdown(wait=False, cancel_futures=True)
+        for stage in list(_running):
+            end_group(stage)
+
+
+def say(name: str, text: str) -> None:
+    """A line about a stage."""
+    print(f"{name:<28} {text}", flush=True)
 
 
 def end_group(stage: subprocess.Popen[str]) -> None:
@@ -110,12 +131,14 @@ def main() -> int:
     chosen = [name for name in STAGES if not arguments.only or arguments.only in name]
     if not chosen:
         parser.error(f"no stage is called {arguments.only!r}: {', '.join(STAGES)}")
-    failed = []
+    left = [name for name in chosen if arguments.fresh or not finished(name, code)]
     for name in chosen:
-        if not arguments.fresh and finished(name, code):
-            print(f"{name:<28} done before", flush=True)
-        elif not run_stage(name, code):
-            failed.append(name)
+        if name not in left:
+            say(name, "done before")
+    # First those that measure; then, several at once, those that wait for restarts and deadlines.
+    alone = [name for name in left if name not in PATIENT]
+    failed = [name for name in alone if not run_stage(name, code)]
+    failed += run_together([name for name in PATIENT if name in left], code)
     if failed:
         print(f"failed: {', '.join(failed)}")
         return 1

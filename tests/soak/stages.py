@@ -63,6 +63,9 @@ def demo(name: str) -> dict[str, object]:
     return {"runs": 1}
 
 
+#: Stages that measure no times, or wait most of theirs, the longest first: several run at once.
+PATIENT = [*training.STAGES, *rank_stages.DEATHS, "ranks-exactness", *meaning_stages.STAGES]
+
 STAGES: dict[str, Stage] = {
     "catalog-orders": orders,
     **{f"cycles-{name}": (lambda name=name: cycles(name)) for name in platforms.PLATFORMS},  # type: ignore[misc]
