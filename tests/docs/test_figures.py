@@ -207,9 +207,9 @@ CASES = (*CASES, "0.3.75 default", "0.3.75 --lowvram")
 
 
 def comfyui_cases() -> dict[str, Any]:
-    """Those of both runs, by name."""
-    runs = (result(name)["cases"] for name in ("gpu-comfyui-other-flags", "gpu-comfyui"))
-    return {name: case for cases in runs for name, case in cases.items()}
+    """By name."""
+    cases: dict[str, Any] = result("gpu-comfyui")["cases"]
+    return cases
 
 
 @pytest.mark.parametrize(
