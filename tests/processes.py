@@ -9,7 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
+from fork_server import ForkedProcess, ForkServer
+
+Process = subprocess.Popen[bytes] | ForkedProcess
 _PROGRAM = Path(__file__).with_name("client_program.py")
 
 
@@ -18,16 +22,35 @@ def uncovered_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
 
 
+def client_environment() -> dict[str, str]:
+    """This environment for a client."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 class ClientProcess:
-    """A process with one client; ``call`` runs one of the program's commands in it."""
+    """A process with one client; ``call`` runs one of the program's commands in it.
+
+    Forked by ``forks`` where there is one that suits.
+    """
+
+    forks: ClassVar[ForkServer | None] = None
 
     def __init__(self, runtime_dir: Path, name: str = "client") -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(_PROGRAM), str(runtime_dir), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [str(_PROGRAM), str(runtime_dir), name]
+        environment = client_environment()
+        stdin, given = os.pipe()
+        told, stdout = os.pipe()
+        self._stdin, self._stdout = open(given, "w"), open(told)  # noqa: SIM115  closed at the end
+        try:
+            if self.forks is not None and self.forks.suits(environment):
+                self._process: Process = self.forks.start(command, environment, (stdin, stdout, 2))
+            else:
+                self._process = subprocess.Popen(
+                    [sys.executable, *command], env=environment, stdin=stdin, stdout=stdout
+                )
+        finally:
+            os.close(stdin)
+            os.close(stdout)
 
     @property
     def pid(self) -> int:
@@ -35,14 +58,12 @@ class ClientProcess:
 
     def send(self, command: str, **arguments: object) -> None:
         """Start a command without waiting for it."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([command, arguments]) + "\n")
-        self._process.stdin.flush()
+        self._stdin.write(json.dumps([command, arguments]) + "\n")
+        self._stdin.flush()
 
     def receive(self) -> object:
         """What the oldest command that was sent returned; AssertionError with what it raised."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._stdout.readline()
         assert line, "the client process ended"
         ok, value = json.loads(line)
         assert ok, value
@@ -67,8 +88,7 @@ class ClientProcess:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
+        for pipe in (self._stdin, self._stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
         try:
