@@ -11,11 +11,12 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,10 @@ from typing import Any
 
 LONGEST = 1 << 18  # bytes of an order: the environment is in it
 START_SECONDS = 60.0
-PAUSE = 0.005
 STREAMS = (0, 1, 2)
 # Read after the imports; with another value of any other variable they might have done otherwise.
-LATE = ("XDIT_SIDECAR_", "FAKE_CUDA_", "TEST_SHIM_", "PYTEST_CURRENT_TEST")
+LATE = ("XDIT_SIDECAR_", "FAKE_CUDA_", "TEST_SHIM_", "PYTEST_CURRENT_TEST", "NOTIFY_SOCKET")
+LATE += ("TORCHINDUCTOR_CACHE_DIR",)  # torch itself sets it when it first compiles
 
 
 class ForkedProcess:
@@ -34,33 +35,41 @@ class ForkedProcess:
 
     def __init__(self, server: ForkServer, pid: int, command: Sequence[str]) -> None:
         self._server = server
+        # Its pid cannot become another's before the server is asked how it ended.
+        self._end = os.pidfd_open(pid)
         self.pid = pid
         self.args = command
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
         """Its exit status, negative for a signal; None while it runs."""
-        return self._ask(0.0)
+        if self.returncode is None and select.select([self._end], [], [], 0)[0]:
+            self.returncode = self._server.ask({"pid": self.pid})
+            os.close(self._end)
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """As `poll`, once it has ended; TimeoutExpired."""
-        status = self._ask(timeout)
+        if self.returncode is None:
+            select.select([self._end], [], [], timeout)
+        status = self.poll()
         if status is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return status
 
-    def _ask(self, seconds: float | None) -> int | None:
-        if self.returncode is None:
-            self.returncode = self._server.ask({"pid": self.pid, "seconds": seconds})
-        return self.returncode
-
     def send_signal(self, number: int) -> None:
-        """Nothing once its exit status is known: its pid may be another's."""
-        if self.returncode is None:
+        """Nothing once it has ended."""
+        if self.poll() is None:
             os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 class ForkServer:
@@ -68,6 +77,7 @@ class ForkServer:
 
     def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
         self._environment = _early(environment)
+        self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
@@ -84,14 +94,15 @@ class ForkServer:
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], streams: Sequence[int]
     ) -> ForkedProcess:
-        """``python command…``, with copies of these descriptors as its standard streams."""
-        order = {"command": command, "environment": dict(environment)}
+        """As `start_python`."""
+        order = {"command": command, "folder": os.getcwd(), "environment": dict(environment)}
         return ForkedProcess(self, self.ask(order, streams), command)
 
     def ask(self, order: Mapping[str, Any], descriptors: Sequence[int] = ()) -> Any:
         """What the process answers to an order."""
-        socket.send_fds(self._socket, [json.dumps(order).encode()], descriptors)
-        answer = self._socket.recv(LONGEST)
+        with self._lock:
+            socket.send_fds(self._socket, [json.dumps(order).encode()], descriptors)
+            answer = self._socket.recv(LONGEST)
         assert answer, "the fork server ended"
         return json.loads(answer)
 
@@ -105,14 +116,37 @@ class ForkServer:
             self._process.wait()
 
 
+_running: dict[str, ForkServer] = {}
+
+
 @contextmanager
-def fork_server(modules: Sequence[str], environment: Mapping[str, str]) -> Iterator[ForkServer]:
-    """One for the length of the block."""
-    server = ForkServer(modules, environment)
+def fork_server(
+    kind: str, modules: Sequence[str], environment: Mapping[str, str]
+) -> Iterator[None]:
+    """For the length of the block `start_python` forks programs of this kind."""
+    server = _running[kind] = ForkServer(modules, environment)
     try:
-        yield server
+        yield
     finally:
+        del _running[kind]
         server.close()
+
+
+def start_python(
+    kind: str, command: Sequence[str], environment: Mapping[str, str], streams: Sequence[int]
+) -> Process:
+    """``python command…``, with copies of these three descriptors as its standard streams.
+
+    The command begins with a program's path, or with "-m" and a module. Forked where a server of
+    this kind is there and suits.
+    """
+    server = _running.get(kind)
+    if server is not None and server.suits(environment):
+        return server.start(command, environment, streams)
+    stdin, stdout, stderr = streams
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdin=stdin, stdout=stdout, stderr=stderr
+    )
 
 
 def _early(environment: Mapping[str, str]) -> dict[str, str]:
@@ -126,19 +160,14 @@ def _become(order: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(order["environment"])
-    sys.argv[:] = order["command"]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def _wait_for(pid: int, seconds: float | None) -> int | None:
-    """The exit status; None if it takes longer."""
-    end = time.monotonic() + (float("inf") if seconds is None else seconds)
-    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-        if time.monotonic() >= end:
-            return None
-        time.sleep(PAUSE)
-    return os.waitstatus_to_exitcode(ended[1])
+    os.chdir(order["folder"])
+    command = order["command"]
+    if command[0] == "-m":
+        sys.argv[:], sys.path[0] = command[1:], order["folder"]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:], sys.path[0] = command, str(Path(command[0]).parent)
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def main(number: str, *modules: str) -> None:
@@ -153,7 +182,7 @@ def main(number: str, *modules: str) -> None:
             return
         order = json.loads(content)
         if "pid" in order:
-            answer = _wait_for(order["pid"], order["seconds"])
+            answer = os.waitstatus_to_exitcode(os.waitpid(order["pid"], 0)[1])
         else:
             # A lock that another thread holds would stay locked in the forked process.
             assert len(os.listdir("/proc/self/task")) == 1

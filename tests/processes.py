@@ -7,13 +7,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
-from typing import ClassVar
 
-from fork_server import ForkedProcess, ForkServer
+from fork_server import start_python
 
-Process = subprocess.Popen[bytes] | ForkedProcess
 _PROGRAM = Path(__file__).with_name("client_program.py")
 
 
@@ -28,26 +25,17 @@ def client_environment() -> dict[str, str]:
 
 
 class ClientProcess:
-    """A process with one client; ``call`` runs one of the program's commands in it.
-
-    Forked by ``forks`` where there is one that suits.
-    """
-
-    forks: ClassVar[ForkServer | None] = None
+    """A process with one client; ``call`` runs one of the program's commands in it."""
 
     def __init__(self, runtime_dir: Path, name: str = "client") -> None:
         command = [str(_PROGRAM), str(runtime_dir), name]
-        environment = client_environment()
         stdin, given = os.pipe()
         told, stdout = os.pipe()
         self._stdin, self._stdout = open(given, "w"), open(told)  # noqa: SIM115  closed at the end
         try:
-            if self.forks is not None and self.forks.suits(environment):
-                self._process: Process = self.forks.start(command, environment, (stdin, stdout, 2))
-            else:
-                self._process = subprocess.Popen(
-                    [sys.executable, *command], env=environment, stdin=stdin, stdout=stdout
-                )
+            self._process = start_python(
+                "client", command, client_environment(), (stdin, stdout, 2)
+            )
         finally:
             os.close(stdin)
             os.close(stdout)

@@ -16,9 +16,8 @@ IMPORTS = ("torch", "transformers", "torchsde", "scipy.stats", "aiohttp.web", "P
 
 @pytest.fixture(scope="session", autouse=True)
 def _forked_servers() -> Iterator[None]:
-    with fork_server(IMPORTS, comfy_environment()) as ComfyServer.forks:
+    with fork_server("comfyui", IMPORTS, comfy_environment()):
         yield
-    ComfyServer.forks = None
 
 
 @pytest.fixture(scope="module")

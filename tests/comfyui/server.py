@@ -13,17 +13,16 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from comfyui import tiny_checkpoints
 from comfyui.listener import Listener
 from comfyui_checkout import comfyui
-from fork_server import ForkedProcess, ForkServer
+from fork_server import Process, start_python
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -71,11 +70,7 @@ class ComfyServer:
     folder with the browser's part, by default none. ``cpu=False`` lets it use a GPU. Without the
     ``shim`` stock loaders refuse the tiny checkpoints, and `free`, `loaded_models` and `tensors`
     have nothing to ask. Skips the test where ComfyUI cannot be had.
-
-    Forked by ``forks`` where there is one that suits.
     """
-
-    forks: ClassVar[ForkServer | None] = None
 
     def __init__(
         self,
@@ -91,9 +86,9 @@ class ComfyServer:
         self.base = base
         self.log_path = base / "comfyui.log"
         self.port = 0
-        self.process: subprocess.Popen[bytes] | ForkedProcess | None = None
+        self.process: Process | None = None
         self._checkout = comfyui()
-        self._cpu = cpu
+        self._kind = "comfyui" if cpu else "comfyui on a GPU"  # which is not forked
         self._front_end = front_end or base / "no-front-end"
         self._packs = {**(packs or {}), **({"test_shim": SHIM} if shim else {})}
         # The attention that it takes by itself on a GPU, and that this project computes.
@@ -118,7 +113,12 @@ class ComfyServer:
             known = len(self.log)
             with self.log_path.open("ab") as log, Path(os.devnull).open("rb") as nothing:
                 streams = (nothing.fileno(), log.fileno(), log.fileno())
-                self.process = self._launch(streams)
+                self.process = start_python(
+                    "comfyui" if self._cpu else "comfyui on a GPU",
+                    self._command(),
+                    self._environment,
+                    streams,
+                )
             try:
                 if self._wait_until_up():
                     return self
@@ -128,18 +128,6 @@ class ComfyServer:
             if "address already in use" not in self.log[known:]:
                 break
         raise AssertionError(f"ComfyUI did not start:\n{self._log_tail()}")
-
-    def _launch(self, streams: tuple[int, int, int]) -> subprocess.Popen[bytes] | ForkedProcess:
-        if self._cpu and self.forks is not None and self.forks.suits(self._environment):
-            return self.forks.start(self._command(), self._environment, streams)
-        stdin, stdout, stderr = streams
-        return subprocess.Popen(
-            [sys.executable, *self._command()],
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            env=self._environment,
-        )
 
     def _command(self) -> list[str]:
         return [

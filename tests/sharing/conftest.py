@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 from fork_server import fork_server
-from processes import ClientProcess, client_environment
+from processes import client_environment
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _forked_clients() -> Iterator[None]:
-    with fork_server(["client_program"], client_environment()) as ClientProcess.forks:
+    with fork_server("client", ["client_program"], client_environment()):
         yield
-    ClientProcess.forks = None
