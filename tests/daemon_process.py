@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ class DaemonProcess:
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="xs-", dir="/tmp"))
         self.log_path = directory / "daemon.log"
         self._command = [
-            *("-m", "xdit_sidecar.daemon", "serve"),
+            *(sys.executable, "-m", "xdit_sidecar.daemon", "serve"),
             *("--device", device, "--runtime-dir", str(self.runtime_dir), *options),
         ]
         self._environment = {**daemon_environment(), **(environment or {})}
@@ -60,7 +61,7 @@ class DaemonProcess:
         """Start it (again) and wait until the broker answers and its keepers are settled."""
         with self.log_path.open("ab") as log, Path(os.devnull).open("rb") as nothing:
             streams = (nothing.fileno(), 1, log.fileno())
-            self.process = start_python("command", self._command, self._environment, streams)
+            self.process = start_python("command", self._command[1:], self._environment, streams)
         deadline = time.monotonic() + START_SECONDS
         with self.client("starter") as client:
             while True:

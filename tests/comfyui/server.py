@@ -113,12 +113,7 @@ class ComfyServer:
             known = len(self.log)
             with self.log_path.open("ab") as log, Path(os.devnull).open("rb") as nothing:
                 streams = (nothing.fileno(), log.fileno(), log.fileno())
-                self.process = start_python(
-                    "comfyui" if self._cpu else "comfyui on a GPU",
-                    self._command(),
-                    self._environment,
-                    streams,
-                )
+                self.process = start_python(self._kind, self._command(), self._environment, streams)
             try:
                 if self._wait_until_up():
                     return self
