@@ -129,6 +129,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA driver answers"))
 
 
+def pytest_collection_finish() -> None:
+    # What the tests import stays to the end; each collection would look through all of it.
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say loudly what was not tested for want of a tool: such reasons say what to install."""
     lacking = Counter(
