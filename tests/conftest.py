@@ -16,7 +16,8 @@ import hypothesis
 import leaks
 import platforms
 import pytest
-from daemon_process import DaemonProcess, running_daemon
+from daemon_process import COMMANDS, DaemonProcess, daemon_environment, running_daemon
+from fork_server import fork_server
 from work_order import SlowestFirst
 from xdit_sidecar.protocol.regions.cuda_driver import CudaDriver
 from xdit_sidecar.protocol.regions.table import process_regions
@@ -65,6 +66,13 @@ def _nothing_left_in_the_end(_cuda_context: None) -> Iterator[None]:
     found = [n for n in leaks.find_leaks(before) if n.startswith(("process ", "shared memory "))]
     if found:
         pytest.fail("left by fixtures:\n" + "\n".join(f"  {n}" for n in found), pytrace=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_commands(_nothing_left_in_the_end: None) -> Iterator[None]:
+    """Imports are most of what a daemon without ranks costs, and of any other command."""
+    with fork_server("command", COMMANDS, daemon_environment()):
+        yield
 
 
 @pytest.fixture(params=platforms.PLATFORMS)
@@ -119,6 +127,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if on_gpu and not _has_gpu():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA driver answers"))
+
+
+def pytest_collection_finish() -> None:
+    # What the tests import stays to the end; each collection would look through all of it.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

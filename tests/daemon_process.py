@@ -11,12 +11,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fork_server import Process, start_python
 from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.client.client import Client
 from xdit_sidecar.protocol.errors import DaemonAbsent
 
 START_SECONDS = 30.0
 STOP_SECONDS = 15.0
+#: What the commands import, without torch.
+COMMANDS = ("xdit_sidecar.daemon.commands.app", "xdit_sidecar.daemon.serve")
+
+
+def daemon_environment() -> dict[str, str]:
+    """This environment for a daemon without ranks."""
+    defaults = {
+        "OMP_NUM_THREADS": "1",
+        "XDIT_SIDECAR_RANKS": "0",
+        "XDIT_SIDECAR_SPARE_RANKS": "false",
+    }
+    return {**os.environ, **defaults}
 
 
 class DaemonProcess:
@@ -41,20 +54,14 @@ class DaemonProcess:
             *(sys.executable, "-m", "xdit_sidecar.daemon", "serve"),
             *("--device", device, "--runtime-dir", str(self.runtime_dir), *options),
         ]
-        defaults = {
-            "OMP_NUM_THREADS": "1",
-            "XDIT_SIDECAR_RANKS": "0",
-            "XDIT_SIDECAR_SPARE_RANKS": "false",
-        }
-        self._environment = {**os.environ, **defaults, **(environment or {})}
-        self.process: subprocess.Popen[bytes] | None = None
+        self._environment = {**daemon_environment(), **(environment or {})}
+        self.process: Process | None = None
 
     def start(self) -> DaemonProcess:
         """Start it (again) and wait until the broker answers and its keepers are settled."""
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stderr=log, env=self._environment
-            )
+        with self.log_path.open("ab") as log, Path(os.devnull).open("rb") as nothing:
+            streams = (nothing.fileno(), 1, log.fileno())
+            self.process = start_python("command", self._command[1:], self._environment, streams)
         deadline = time.monotonic() + START_SECONDS
         with self.client("starter") as client:
             while True:

@@ -7,13 +7,17 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fork_server import Process, start_python
+
 CHECK_FIELDS = {"name", "status", "ok", "detail", "fix", "ms"}
 COMMAND_SECONDS = 60.0
+_MODULE = ("-m", "xdit_sidecar.daemon")
 
 
 class Answer(NamedTuple):
@@ -52,7 +56,7 @@ class Answer(NamedTuple):
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "xdit_sidecar.daemon", *arguments]
+    return [sys.executable, *_MODULE, *arguments]
 
 
 def run_command(
@@ -65,15 +69,23 @@ def run_command(
     ``wrapper`` is put in front of the command line.
     """
     begin = time.monotonic()
-    done = subprocess.run(
-        [*wrapper, *command(*arguments)],
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=COMMAND_SECONDS,
-    )
-    answer = Answer(done.returncode, done.stdout, done.stderr, time.monotonic() - begin)
+    given = {**os.environ, **(environment or {})}
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        if wrapper:
+            line = [*wrapper, *command(*arguments)]
+            process: Process = subprocess.Popen(line, env=given, stdout=output, stderr=errors)
+        else:
+            streams = (0, output.fileno(), errors.fileno())
+            process = start_python("command", [*_MODULE, *arguments], given, streams)
+        try:
+            code = process.wait(COMMAND_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+        seconds = time.monotonic() - begin
+        for file in (output, errors):
+            file.seek(0)
+        answer = Answer(code, output.read(), errors.read(), seconds)
     assert "Traceback" not in answer.errors, answer.errors
     assert_no_secrets(answer.output + answer.errors)
     return answer

@@ -7,8 +7,9 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
+
+from fork_server import start_python
 
 _PROGRAM = Path(__file__).with_name("client_program.py")
 
@@ -18,16 +19,26 @@ def uncovered_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
 
 
+def client_environment() -> dict[str, str]:
+    """This environment for a client."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 class ClientProcess:
     """A process with one client; ``call`` runs one of the program's commands in it."""
 
     def __init__(self, runtime_dir: Path, name: str = "client") -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(_PROGRAM), str(runtime_dir), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [str(_PROGRAM), str(runtime_dir), name]
+        stdin, given = os.pipe()
+        told, stdout = os.pipe()
+        self._stdin, self._stdout = open(given, "w"), open(told)  # noqa: SIM115  closed at the end
+        try:
+            self._process = start_python(
+                "client", command, client_environment(), (stdin, stdout, 2)
+            )
+        finally:
+            os.close(stdin)
+            os.close(stdout)
 
     @property
     def pid(self) -> int:
@@ -35,14 +46,12 @@ class ClientProcess:
 
     def send(self, command: str, **arguments: object) -> None:
         """Start a command without waiting for it."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([command, arguments]) + "\n")
-        self._process.stdin.flush()
+        self._stdin.write(json.dumps([command, arguments]) + "\n")
+        self._stdin.flush()
 
     def receive(self) -> object:
         """What the oldest command that was sent returned; AssertionError with what it raised."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._stdout.readline()
         assert line, "the client process ended"
         ok, value = json.loads(line)
         assert ok, value
@@ -67,8 +76,7 @@ class ClientProcess:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
+        for pipe in (self._stdin, self._stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
         try:

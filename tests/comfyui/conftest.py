@@ -7,7 +7,17 @@ from collections.abc import Iterator
 import pytest
 from comfyui import packs
 from comfyui.nodes_scene import NodesScene, running_nodes
-from comfyui.server import ComfyServer
+from comfyui.server import ComfyServer, comfy_environment
+from fork_server import fork_server
+
+# What a ComfyUI imports that is not its own and takes long; more than half of its start.
+IMPORTS = ("torch", "transformers", "torchsde", "scipy.stats", "aiohttp.web", "PIL.Image")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_servers() -> Iterator[None]:
+    with fork_server("comfyui", IMPORTS, comfy_environment()):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from comfyui import tiny_checkpoints
 from comfyui.listener import Listener
 from comfyui_checkout import comfyui
+from fork_server import Process, start_python
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -31,6 +31,7 @@ START_SECONDS = 180.0  # imports, on a loaded machine
 STOP_SECONDS = 15.0
 PROMPT_SECONDS = 60.0
 REQUEST_SECONDS = 30.0
+LONGEST_PAUSE = 0.05  # each question costs both sides what a step of a tiny model does
 ASK_AGAIN_SECONDS = 1.0  # for /free: ComfyUI forgets the wish if it is about to wait for prompts
 ATTEMPTS = 3  # at a port; another process may take it between the question and its use
 LOG_TAIL = 60  # lines shown when something fails
@@ -54,6 +55,11 @@ class WorkflowFailed(AssertionError):
 
 class WorkflowInterrupted(WorkflowFailed):
     """Somebody interrupted the workflow while it ran."""
+
+
+def comfy_environment() -> dict[str, str]:
+    """This environment for a ComfyUI."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 class ComfyServer:
@@ -80,19 +86,15 @@ class ComfyServer:
         self.base = base
         self.log_path = base / "comfyui.log"
         self.port = 0
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
         self._checkout = comfyui()
+        self._kind = "comfyui" if cpu else "comfyui on a GPU"  # which is not forked
         self._front_end = front_end or base / "no-front-end"
         self._packs = {**(packs or {}), **({"test_shim": SHIM} if shim else {})}
         # The attention that it takes by itself on a GPU, and that this project computes.
         as_on_gpu = ["--cpu", "--use-pytorch-cross-attention"]
         self._arguments = [*(as_on_gpu if cpu else []), *arguments]
-        self._environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            **(environment or {}),
-        }
+        self._environment = {**comfy_environment(), **(environment or {})}
         self._prepare()
 
     def _prepare(self) -> None:
@@ -109,14 +111,9 @@ class ComfyServer:
         for _ in range(ATTEMPTS):
             self.port = _free_port()
             known = len(self.log)
-            with self.log_path.open("ab") as log:
-                self.process = subprocess.Popen(
-                    self._command(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=self._environment,
-                )
+            with self.log_path.open("ab") as log, Path(os.devnull).open("rb") as nothing:
+                streams = (nothing.fileno(), log.fileno(), log.fileno())
+                self.process = start_python(self._kind, self._command(), self._environment, streams)
             try:
                 if self._wait_until_up():
                     return self
@@ -129,7 +126,7 @@ class ComfyServer:
 
     def _command(self) -> list[str]:
         return [
-            *(sys.executable, str(HERE / "launch.py"), str(self._checkout)),
+            *(str(HERE / "launch.py"), str(self._checkout)),
             *("--listen", "127.0.0.1", "--port", str(self.port)),
             *("--base-directory", str(self.base)),
             *("--front-end-root", str(self._front_end)),
@@ -234,6 +231,7 @@ class ComfyServer:
         """
         assert self.process is not None
         deadline = time.monotonic() + seconds
+        pause = 0.01
         while True:
             try:
                 entry = self.get(f"/history/{prompt_id}").get(prompt_id)
@@ -249,7 +247,8 @@ class ComfyServer:
                 return dict(entry)
             if time.monotonic() > deadline:
                 raise AssertionError(f"no result after {seconds} s:\n{self._log_tail()}")
-            time.sleep(0.01)
+            time.sleep(pause)
+            pause = min(pause * 1.5, LONGEST_PAUSE)
 
     def run(
         self, workflow: Workflow, listener: Listener | None = None, seconds: float = PROMPT_SECONDS

@@ -6,12 +6,13 @@ something.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from digits_scene import CFG, FEW, RIGHT, DigitsFiles, Request, reader
 from picture_scene import drawing
-from ranks_scene import running_ranks
+from ranks_scene import RanksScene, running_ranks
 from xdit_sidecar.protocol import messages as m
 
 pytestmark = pytest.mark.timeout(300)
@@ -45,11 +46,10 @@ def test_the_reader_knows_real_digits_from_others() -> None:
     assert reader().count_right(to_pictures(ink), wrong) < 0.01 * len(ink)
 
 
-def read_rightly(directory: Path, ranks: int, *ways: str, pictures: int = FEW) -> dict[str, int]:
-    """How many pictures, of so many in each way, by a daemon with so many ranks."""
+def read_rightly(scene: RanksScene, ranks: int, *ways: str, pictures: int = FEW) -> dict[str, int]:
+    """How many pictures, of so many in each way, by a daemon that has so many ranks."""
     found = {}
     with (
-        running_ranks(directory, ranks, "--deadline", "60") as scene,
         scene.daemon.client("drawer") as client,
         drawing(client, DigitsFiles()) as drawer,
     ):
@@ -63,10 +63,16 @@ def read_rightly(directory: Path, ranks: int, *ways: str, pictures: int = FEW) -
     return found
 
 
-def test_digits_in_fp8_are_others_and_can_be_read(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RanksScene]:
+    directory = tmp_path_factory.mktemp("meaning") / "two-ranks"
+    with running_ranks(directory, 2, "--deadline", "60") as scene:
+        yield scene
+
+
+def test_digits_in_fp8_are_others_and_can_be_read(two_ranks: RanksScene) -> None:
     with (
-        running_ranks(tmp_path / "ranks", 2) as scene,
-        scene.daemon.client("drawer") as client,
+        two_ranks.daemon.client("drawer") as client,
         drawing(client, DigitsFiles()) as drawer,
     ):
         request = Request(FEW, settings={"fp8_matmul": True})
@@ -76,9 +82,12 @@ def test_digits_in_fp8_are_others_and_can_be_read(tmp_path: Path) -> None:
 
 
 # One rank is in test_faults.py, and every way for four in the soak.
-@pytest.mark.parametrize(
-    ("ranks", "ways"), [(2, tuple(WAYS[2])), (4, ("ulysses and ring", "pipefusion"))]
-)
-def test_digits_are_what_was_asked_for(tmp_path: Path, ranks: int, ways: tuple[str, ...]) -> None:
-    found = read_rightly(tmp_path / "ranks", ranks, *ways)
+def test_digits_of_two_ranks_are_what_was_asked_for(two_ranks: RanksScene) -> None:
+    found = read_rightly(two_ranks, 2, *WAYS[2])
+    assert min(found.values()) >= RIGHT * FEW, found
+
+
+def test_digits_of_four_ranks_are_what_was_asked_for(tmp_path: Path) -> None:
+    with running_ranks(tmp_path / "ranks", 4, "--deadline", "60") as scene:
+        found = read_rightly(scene, 4, "ulysses and ring", "pipefusion")
     assert min(found.values()) >= RIGHT * FEW, found
