@@ -89,8 +89,12 @@ class ForkServer:
             )
 
     def suits(self, environment: Mapping[str, str]) -> bool:
-        """Whether a process with this environment would have imported the same."""
-        return _early(environment) == self._environment
+        """Whether a process with this environment would have imported the same.
+
+        Never where coverage is taken: it begins to trace when Python starts.
+        """
+        traced = any(name.startswith("COVERAGE_") for name in environment)
+        return not traced and _early(environment) == self._environment
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], streams: Sequence[int]
