@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Mapping
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -56,8 +55,9 @@ class MappedScratches:
     ) -> list[m.TensorPart] | None:
         """Leave a job's outputs behind its inputs; None if there is too little room."""
         region = self._find(session, job.scratch)
-        inputs = ((part.offset, part.nbytes) for part in job.tensors if part.offset is not None)
-        parts, end = list[m.TensorPart](), max(chain([0], (sum(place) for place in inputs)))
+        parts: list[m.TensorPart] = []
+        inputs = (p.offset + p.nbytes for p in job.tensors if p.offset is not None)
+        end = max(inputs, default=0)
         for name, tensor in tensors.items():
             offset = -(-end // limits.SCRATCH_ALIGNMENT) * limits.SCRATCH_ALIGNMENT
             end = offset + tensor.nbytes
