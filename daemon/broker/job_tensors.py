@@ -11,10 +11,6 @@ from ...protocol import messages as m
 from ...protocol.errors import BadMessage
 from .jobs import Frame
 
-# Numbers that nothing is decided by: the ranks read them one after another, and their owner may
-# write to them meanwhile.
-_IN_SCRATCH = "x"
-
 
 def check_tensors(
     parts: Sequence[m.TensorPart], frames: Sequence[Frame], scratch: int | None
@@ -50,7 +46,7 @@ def _check_frames(inline: Sequence[m.TensorPart], frames: Sequence[Frame]) -> No
 
 
 def _check_place(part: m.TensorPart, scratch: int | None) -> None:
-    if part.name != _IN_SCRATCH or part.dtype not in get_args(m.ComputeDtype):
+    if part.name != m.IN_SCRATCH or part.dtype not in get_args(m.ComputeDtype):
         raise BadMessage(f"tensor {part.name!r} ({part.dtype}) may not lie in a scratch region")
     if part.inline or part.digest is not None:
         raise BadMessage(f"tensor {part.name!r} says twice where its bytes are")

@@ -16,7 +16,7 @@ from .client import Client
 from .deadline import Deadline, ShouldCancel
 from .exchange import raise_refusal
 from .kept import SentTensors
-from .scratch import IN_SCRATCH, Scratch, room_for
+from .scratch import Scratch, room_for
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +135,7 @@ class RemoteRanks:
             self._sent.enter(session)
             for name, tensor in tensors.items():
                 digest = self._sent.name(tensor) if name in keep else None
-                if scratch is not None and name == IN_SCRATCH:
+                if scratch is not None and name == m.IN_SCRATCH:
                     parts.append(scratch.place(name, tensor))
                 elif digest is not None and self._sent.was_sent(digest):
                     parts.append(describe_tensor(name, tensor, digest, inline=False))

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 _SINCE = ProtocolVersion(1, 1)  # of daemons
-IN_SCRATCH = "x"  # the one tensor that may lie there
 _LEAST = 64 * limits.KIB  # of a latent: smaller ones travel as fast
 _WIDEST = 4  # bytes of a number of an output
 _GRANULE = limits.MIB
@@ -131,7 +130,7 @@ class ScratchPool:
 
 def room_for(job: m.Job, tensors: Mapping[str, torch.Tensor]) -> int:
     """Bytes that a job's latents need in a scratch region; 0 if they travel as frames."""
-    latent = tensors.get(IN_SCRATCH) if isinstance(job, m.Forward) else None
+    latent = tensors.get(m.IN_SCRATCH) if isinstance(job, m.Forward) else None
     if latent is None or latent.nbytes < _LEAST:
         return 0
     output = -(-latent.nbytes // limits.SCRATCH_ALIGNMENT) * limits.SCRATCH_ALIGNMENT

@@ -54,6 +54,7 @@ from .fields import RegionKind as RegionKind
 from .fields import Role as Role
 from .fields import Text as Text
 from .fields import Token as Token
+from .jobs import IN_SCRATCH as IN_SCRATCH
 from .jobs import Adapter as Adapter
 from .jobs import Adapters as Adapters
 from .jobs import Components as Components

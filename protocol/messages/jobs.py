@@ -9,7 +9,7 @@ Latents of forwards need not travel at all: they lie in a scratch region of the 
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -18,6 +18,9 @@ from .. import limits
 from ..manifest import DTYPE_BYTES
 from .fields import Count, Fingerprint, Message, Name, Role
 
+#: The one tensor that may lie in a scratch region: nothing may be decided by its numbers, as ranks
+#: read them one after another, and their owner may write to them meanwhile.
+IN_SCRATCH: Final = "x"
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 ComputeDtype = Literal["F32", "F16", "BF16"]
 RefLatentsMethod = Literal["offset", "index", "uxo"]
