@@ -16,6 +16,7 @@ from typing import IO, Any, TypedDict, cast
 
 from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.client.client import Client
+from xdit_sidecar.protocol.client.remote import RemoteRanks
 from xdit_sidecar.protocol.errors import DaemonAbsent
 
 _START_SECONDS = 60.0
@@ -68,6 +69,11 @@ class Daemon:
                         return status
                 time.sleep(0.02)
         raise DemoFailed(f"the daemon did not start; its log:\n{self.log}")
+
+    def wait_for_ranks(self) -> None:
+        """Return when they can work. Raises RanksUnavailable or DeadlineExceeded."""
+        with Client(self.runtime_dir, name="demo") as client:
+            RemoteRanks(client).wait_until_ready()
 
     def status(self) -> m.Status:
         """What it says of itself now."""
