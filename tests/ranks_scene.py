@@ -47,9 +47,9 @@ def is_alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def maps(pid: int) -> int:
-    """How many regions in host memory a process has mapped."""
-    return Path(f"/proc/{pid}/maps").read_text().count("memfd:xdit-sidecar")
+def maps(pid: int, name: str = "xdit-sidecar") -> int:
+    """How many regions in host memory, or others of this name, a process has mapped."""
+    return Path(f"/proc/{pid}/maps").read_text().count(f"memfd:{name}")
 
 
 @dataclass

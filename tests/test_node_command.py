@@ -18,6 +18,7 @@ from comfyui import packs
 from processes import uncovered_environment
 from xdit_sidecar.daemon.comfyui import pack as node_pack
 from xdit_sidecar.daemon.commands.app import run
+from xdit_sidecar.protocol.version import PROTOCOL_VERSION
 
 NOBODY = 65534
 INSTALL, UNINSTALL, STATUS = ("node", "install"), ("node", "uninstall"), ("node", "status")
@@ -101,7 +102,7 @@ def test_json(comfy: Path, node: Run) -> None:
     state = json.loads(node(*STATUS, comfy, "--json")[1])
     assert state["ok"] is True
     assert state["pack"]["kind"] == "copy"
-    assert state["pack"]["protocol"] == "1.0"
+    assert state["pack"]["protocol"] == str(PROTOCOL_VERSION)
     assert json.loads(node(*UNINSTALL, comfy, "--json")[1])["change"]["action"] == "removed"
     code, out, _ = node(*UNINSTALL, comfy, "--json")
     assert (code, json.loads(out)["error"]["code"]) == (1, "pack-refused")

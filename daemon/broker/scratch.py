@@ -55,7 +55,7 @@ class ScratchRegions:
             raise OutOfMemory(f"{nbytes} bytes of host memory needed, {free} free")
         try:
             # Its owner may not seal it either: the ranks write to it.
-            file = create_memfd(nbytes, fcntl.F_SEAL_SEAL)
+            file = create_memfd(nbytes, fcntl.F_SEAL_SEAL, shown_as="xdit-scratch")
         except OSError as error:
             raise OutOfMemory(f"no scratch region could be made: {error}") from None
         region = ScratchRegion(session, number, nbytes, file)

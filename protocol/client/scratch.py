@@ -40,6 +40,11 @@ class Scratch:
         finally:
             os.close(descriptor)
 
+    def close(self) -> None:
+        """Unmap it: whatever still holds a frame that knew it, as an exception does."""
+        with contextlib.suppress(BufferError):  # a view of it is left, which unmaps it in its time
+            self.memory.close()
+
     @property
     def nbytes(self) -> int:
         """Its size."""
@@ -84,18 +89,22 @@ class ScratchPool:
             yield scratch
         except BaseException:
             if scratch is not None:
+                scratch.close()
                 self._give_up(scratch.number)
             raise
         if scratch is not None:
             with self._lock:
                 if not self._closed:
                     self._idle.append(scratch)
+                    return
+            scratch.close()
 
     def close(self) -> None:
         """The session ended: unmap what is not in use, and later the rest."""
         with self._lock:
             self._closed = True
-            self._idle.clear()
+            while self._idle:
+                self._idle.pop().close()
 
     def _take(self, nbytes: int) -> Scratch | None:
         with self._lock:
@@ -104,7 +113,9 @@ class ScratchPool:
                     self._idle.remove(scratch)
                     return scratch
             if self._idle:  # too small: another takes its place
-                self._unused.append(self._idle.pop().number)
+                small = self._idle.pop()
+                small.close()
+                self._unused.append(small.number)
         return None
 
     def _open(self, nbytes: int, opening: Opening) -> Scratch | None:

@@ -68,9 +68,12 @@ def available_host_memory() -> tuple[int, int]:
     return min(available, max(0, limit - current)), min(total, limit)
 
 
-def create_memfd(nbytes: int, *seals: int) -> int:
-    """The descriptor of a nameless file of that size, which never changes; OSError."""
-    file = os.memfd_create("xdit-sidecar", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def create_memfd(nbytes: int, *seals: int, shown_as: str = "xdit-sidecar") -> int:
+    """The descriptor of a nameless file of that size, which never changes; OSError.
+
+    ``shown_as``: what /proc/<pid>/maps calls it.
+    """
+    file = os.memfd_create(shown_as, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(file, nbytes)
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, sum(seals, _SIZE_SEALS))

@@ -23,6 +23,7 @@ from comfyui.workflows import STOCK, WHOLE_CHECKPOINT, Settings
 from comfyui_checkout import comfyui
 from daemon_process import running_daemon
 from xdit_sidecar.daemon.commands.app import run
+from xdit_sidecar.protocol.version import PROTOCOL_VERSION
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -340,7 +341,7 @@ def test_installed_package_goes_first_and_a_second_copy_last(tmp_path: Path) -> 
         log = server.log
         assert log.count(f"xDiT: the nodes of {folder} (9.9.9)") == 1
         (warning,) = (line for line in log.splitlines() if "xDiT: two versions" in line)
-        assert "They speak different protocols, 1.0 and 2.0" in warning
+        assert f"They speak different protocols, {PROTOCOL_VERSION} and 2.0" in warning
         assert f"{sys.executable} -m pip uninstall xdit-sidecar" in warning
         # ComfyUI takes them in the order of the disk.
         (refusal,) = (line for line in log.splitlines() if "custom_nodes twice" in line)

@@ -170,6 +170,18 @@ def test_a_region_is_not_used_again_after_giving_up(user: User, asked: list[m.Op
     assert all(body.instead_of is not None for body in asked[1:])
 
 
+def test_what_is_given_up_is_unmapped_though_its_error_is_kept(user: User) -> None:
+    user.forward(large())
+    before = maps(os.getpid(), "xdit-scratch")
+    looks = iter([False, False])
+    with pytest.raises(Cancelled) as kept:
+        user.forward(large(2), should_cancel=lambda: next(looks, True))
+    assert maps(os.getpid(), "xdit-scratch") == before - 1
+    assert kept.value.__traceback__ is not None
+    user.forward(large())
+    assert maps(os.getpid(), "xdit-scratch") == before
+
+
 def test_without_room_for_regions_latents_travel_as_frames(
     user: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +203,7 @@ def test_a_daemon_that_knows_no_regions_is_not_asked() -> None:
 
 def test_ranks_unmap_what_ended(scene: RanksScene) -> None:
     def mapped() -> int:
-        return sum(map(maps, scene.rank_pids))
+        return sum(maps(pid, "xdit-scratch") for pid in scene.rank_pids)
 
     with scene.user() as user:
         user.forward(large())
