@@ -93,8 +93,7 @@ class ForkServer:
 
         Never where coverage is taken: it begins to trace when Python starts.
         """
-        traced = any(name.startswith("COVERAGE_") for name in environment)
-        return not traced and _early(environment) == self._environment
+        return not is_traced(environment) and _early(environment) == self._environment
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], streams: Sequence[int]
@@ -152,6 +151,11 @@ def start_python(
     return subprocess.Popen(
         [sys.executable, *command], env=environment, stdin=stdin, stdout=stdout, stderr=stderr
     )
+
+
+def is_traced(environment: Mapping[str, str]) -> bool:
+    """Whether coverage is taken of what is started so."""
+    return any(name.startswith("COVERAGE_") for name in environment)
 
 
 def _early(environment: Mapping[str, str]) -> dict[str, str]:
