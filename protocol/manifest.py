@@ -64,10 +64,15 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
 Manifest = Annotated[list[TensorSpec], Meta(min_length=1, max_length=limits.TENSORS)]
 
 
+def round_up(nbytes: int, multiple: int) -> int:
+    """The least multiple that is not smaller."""
+    return -(-nbytes // multiple) * multiple
+
+
 def region_bytes(tensors: Iterable[TensorSpec]) -> int:
     """The size of the region that holds them: a positive multiple of 2 MiB."""
     end = max((t.offset + t.nbytes for t in tensors), default=0)
-    return max(1, -(-end // limits.REGION_GRANULE)) * limits.REGION_GRANULE
+    return max(limits.REGION_GRANULE, round_up(end, limits.REGION_GRANULE))
 
 
 def check_manifest(tensors: Sequence[TensorSpec]) -> None:
@@ -106,7 +111,7 @@ def lay_out(
         if original is not None:
             offset = placed[original].offset
         else:
-            offset = -(-end // limits.TENSOR_ALIGNMENT) * limits.TENSOR_ALIGNMENT
+            offset = round_up(end, limits.TENSOR_ALIGNMENT)
             end = offset + tensor.nbytes
         placed[tensor.name] = msgspec.structs.replace(tensor, offset=offset)
     return list(placed.values())

@@ -155,7 +155,12 @@ def start_python(
 
 def is_traced(environment: Mapping[str, str]) -> bool:
     """Whether coverage is taken of what is started so."""
-    return any(name.startswith("COVERAGE_") for name in environment)
+    return any(map(is_of_coverage, environment))
+
+
+def is_of_coverage(variable: str) -> bool:
+    """Whether coverage set it for the processes that are started."""
+    return variable.startswith("COVERAGE_")
 
 
 def _early(environment: Mapping[str, str]) -> dict[str, str]:

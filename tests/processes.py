@@ -9,14 +9,14 @@ import signal
 import subprocess
 from pathlib import Path
 
-from fork_server import start_python
+from fork_server import is_of_coverage, start_python
 
 _PROGRAM = Path(__file__).with_name("client_program.py")
 
 
 def uncovered_environment() -> dict[str, str]:
     """This environment for a process that becomes another account, which cannot write coverage."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    return {name: value for name, value in os.environ.items() if not is_of_coverage(name)}
 
 
 def client_environment() -> dict[str, str]:

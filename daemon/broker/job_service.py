@@ -385,7 +385,7 @@ class JobService:
                 raise error_from_code(outcome.code, outcome.message)
 
     def _scratch_of(self, session: str, body: m.Job) -> ScratchRegion | None:
-        number = body.scratch if isinstance(body, m.Forward) else None
+        number = m.scratch_of(body)
         return None if number is None else self.scratch.find(session, number)
 
     def _find(self, job: JobRecord, device: str, role: str, fingerprint: str) -> Copy:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...protocol import limits
 from ...protocol import messages as m
 from ...protocol.errors import BadJob, Internal
+from ...protocol.manifest import round_up
 from ...protocol.tensors import describe_tensor, view_placed
 
 _Key = tuple[str, int]  # session, number
@@ -51,15 +52,15 @@ class MappedScratches:
         return view_placed(self._find(session, number), part).to(device, copy=True)
 
     def write(
-        self, session: str, job: m.Forward, tensors: Mapping[str, Tensor]
+        self, session: str, job: m.Job, tensors: Mapping[str, Tensor]
     ) -> list[m.TensorPart] | None:
         """Leave a job's outputs behind its inputs; None if there is too little room."""
-        region = self._find(session, job.scratch)
+        region = self._find(session, m.scratch_of(job))
         parts: list[m.TensorPart] = []
         inputs = (p.offset + p.nbytes for p in job.tensors if p.offset is not None)
         end = max(inputs, default=0)
         for name, tensor in tensors.items():
-            offset = -(-end // limits.SCRATCH_ALIGNMENT) * limits.SCRATCH_ALIGNMENT
+            offset = round_up(end, limits.SCRATCH_ALIGNMENT)
             end = offset + tensor.nbytes
             if end > len(region):
                 return None

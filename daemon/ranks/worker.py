@@ -213,7 +213,7 @@ class Worker:
         """A job's tensors, on the device."""
         tensors = {}
         arriving = iter(frames)
-        scratch = job.scratch if isinstance(job, m.Forward) else None
+        scratch = m.scratch_of(job)
         for part in job.tensors:
             key = (session, part.digest or b"")
             if part.offset is not None:
@@ -237,7 +237,7 @@ class Worker:
             check_output(name, tensor.nbytes)  # looked at by all ranks: all must end alike
         if self._group.rank != 0:
             return [], []
-        if task is not None and isinstance(task.body, m.Forward) and task.body.scratch is not None:
+        if task is not None and task.body is not None and m.scratch_of(task.body) is not None:
             left = self._scratches.write(task.session, task.body, tensors)
             if left is not None:
                 return left, []

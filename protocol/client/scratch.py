@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from .. import limits
 from .. import messages as m
 from ..errors import Busy, OutOfMemory, RegionUnavailable
+from ..manifest import round_up
 from ..tensors import describe_tensor, view_placed
 from ..version import ProtocolVersion
 
@@ -123,7 +124,7 @@ class ScratchPool:
             self._count += 1
             number = self._count
             instead_of = self._unused.pop() if self._unused else None
-        size = -(-nbytes // _GRANULE) * _GRANULE
+        size = round_up(nbytes, _GRANULE)
         try:
             descriptor = opening(m.OpenScratch(number=number, nbytes=size, instead_of=instead_of))
             return Scratch(number, descriptor, size)
@@ -144,6 +145,5 @@ def room_for(job: m.Job, tensors: Mapping[str, torch.Tensor]) -> int:
     latent = tensors.get(m.IN_SCRATCH) if isinstance(job, m.Forward) else None
     if latent is None or latent.nbytes < _LEAST:
         return 0
-    output = -(-latent.nbytes // limits.SCRATCH_ALIGNMENT) * limits.SCRATCH_ALIGNMENT
-    room = output + latent.numel() * _WIDEST
+    room = round_up(latent.nbytes, limits.SCRATCH_ALIGNMENT) + latent.numel() * _WIDEST
     return room if room <= limits.SCRATCH else 0

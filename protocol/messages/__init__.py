@@ -73,6 +73,7 @@ from .jobs import Parts as Parts
 from .jobs import RefLatentsMethod as RefLatentsMethod
 from .jobs import Step as Step
 from .jobs import TensorPart as TensorPart
+from .jobs import scratch_of as scratch_of
 from .status import ComponentStatus as ComponentStatus
 from .status import DeviceStatus as DeviceStatus
 from .status import GroupStatus as GroupStatus

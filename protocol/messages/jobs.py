@@ -156,6 +156,11 @@ class EncodeText(Message, frozen=True, tag="encode-text", kw_only=True):
 Job = Forward | Generate | Decode | Encode | EncodeText
 
 
+def scratch_of(job: Job) -> int | None:
+    """The scratch region that a job names; kinds that know none name none."""
+    return job.scratch if isinstance(job, Forward) else None
+
+
 # --- answers --------------------------------------------------------------------------------------
 
 
