@@ -16,48 +16,31 @@ from xdit_sidecar.protocol.errors import RankLost
 RANKS = 2
 ROUNDS = 3
 PROMISED_SECONDS = 10.0
-_IMPORT_SECONDS = 300.0  # of all spares, on a loaded machine
+_ANSWER_SECONDS = 300.0
 
 
 def measure() -> list[Figure]:
-    """Two ranks on the CPU; the middle of three deaths, with spares and without."""
-    seconds = {}
+    """Two ranks on the CPU: the middle of three deaths, against the first start."""
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
-        for option in ("--spare-ranks", "--no-spare-ranks"):
-            with running_ranks(Path(directory, option), RANKS, option) as scene:
-                spares = RANKS if option == "--spare-ranks" else 0
-                took = [_kill_and_forward(scene, spares) for _ in range(ROUNDS)]
-                seconds[option] = percentile(took, 50)
-                if spares:
-                    private, proportional = _weigh_a_spare(scene)
+        began = time.perf_counter()
+        with running_ranks(Path(directory, "scene"), RANKS) as scene:
+            first = time.perf_counter() - began
+            again = percentile([_kill_and_forward(scene) for _ in range(ROUNDS)], 50)
+            ranks = [psutil.Process(pid) for pid in scene.rank_pids]
+            server = ranks[0].parent()
+            assert server is not None
+            memory = [process.memory_full_info() for process in (server, *ranks)]
     return [
-        Figure(
-            "rank killed to next forward answered p50, spare ranks",
-            seconds["--spare-ranks"],
-            "s",
-            PROMISED_SECONDS,
-        ),
-        Figure(
-            "rank killed to next forward answered p50, no spare ranks",
-            seconds["--no-spare-ranks"],
-            "s",
-        ),
-        Figure(
-            "  the one over the other",
-            seconds["--spare-ranks"] / seconds["--no-spare-ranks"],
-            "",
-            0.5,
-        ),
-        Figure("spare rank private memory", private / 2**20, "MiB"),
-        Figure("spare rank proportional memory", proportional / 2**20, "MiB"),
+        Figure("daemon with two ranks started to ready", first, "s"),
+        Figure("rank killed to next forward answered p50", again, "s", PROMISED_SECONDS),
+        Figure("  the one over the other", again / first, "", 0.5),
+        Figure("fork server, memory of its own", memory[0].uss / 2**20, "MiB"),
+        Figure("fork server and two ranks together", sum(m.pss for m in memory) / 2**20, "MiB"),
     ]
 
 
-def _kill_and_forward(scene: RanksScene, spares: int) -> float:
+def _kill_and_forward(scene: RanksScene) -> float:
     """Seconds that a client waits."""
-    scene.daemon.wait_for_status(
-        lambda s: s.group.state == "ready" and s.group.spares == spares, _IMPORT_SECONDS
-    )
     inputs = some_inputs()
     with scene.user() as user:
         user.forward(inputs)
@@ -66,17 +49,7 @@ def _kill_and_forward(scene: RanksScene, spares: int) -> float:
         os.kill(victim, signal.SIGKILL)
         while True:
             try:
-                user.forward(inputs, timeout=_IMPORT_SECONDS)
+                user.forward(inputs, timeout=_ANSWER_SECONDS)
             except RankLost:  # given to the old ranks, before their end was noticed
                 continue
             return time.perf_counter() - began
-
-
-def _weigh_a_spare(scene: RanksScene) -> tuple[int, int]:
-    """Bytes that one alone uses, and with its share of what it has in common with others."""
-    scene.daemon.wait_for_status(lambda s: s.group.spares == RANKS, _IMPORT_SECONDS)
-    children = psutil.Process(scene.daemon.pid).children()
-    ranks = {*scene.rank_pids, scene.status.devices[0].keeper_pid}
-    spare = next(child for child in children if child.pid not in ranks)
-    memory = spare.memory_full_info()
-    return memory.uss, memory.pss

@@ -45,7 +45,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
     device: str = "auto"
     ranks: Annotated[int, Meta(ge=0, le=limits.RANKS)] | Literal["auto"] = "auto"
-    spare_ranks: bool = True
     compiles: Literal["auto", "on", "off"] = msgspec.field(name="compile", default="auto")
     deadline: Annotated[float, Meta(ge=1, le=86400)] = 60.0
     budget: Annotated[int, Meta(ge=limits.REGION_GRANULE, le=_MOST)] | None = None
@@ -171,7 +170,6 @@ def make_settings(config: Config) -> Settings:
         devices=chosen.devices,
         no_gpu=chosen.no_gpu,
         ranks=ranks,
-        spare_ranks=config.spare_ranks,
         compiles=config.compiles,
         deadline=config.deadline,
         budget=config.budget,

@@ -123,7 +123,6 @@ class StatusCollector(Collector):
         yield _gauge(
             "rank_group_degraded", "1 when the ranks are given up.", group.state == "degraded"
         )
-        yield _gauge("spare_ranks", "Processes ready to be ranks.", group.spares)
         yield _gauge("jobs", "Jobs that wait or run.", group.jobs)
         yield _gauge("kept_tensors_bytes", "Named tensors, on each rank.", group.kept_bytes)
 

@@ -22,7 +22,6 @@ class Settings:
     devices: tuple[str, ...]  # "cpu" or GPU UUIDs
     no_gpu: str = ""  # why no GPU is served although a driver is installed
     ranks: int = 0
-    spare_ranks: bool = True  # as many processes wait to take the places of ranks that died
     compiles: m.Compile = "auto"  # whether ranks compile transformers; "auto": on a GPU
     deadline: float = 60.0  # of one task of the ranks, and of one exchange among them
     budget: int | None = None  # per device, for regions; None: all but the reserve

@@ -27,7 +27,6 @@ def daemon_environment() -> dict[str, str]:
     defaults = {
         "OMP_NUM_THREADS": "1",
         "XDIT_SIDECAR_RANKS": "0",
-        "XDIT_SIDECAR_SPARE_RANKS": "false",
     }
     return {**os.environ, **defaults}
 
@@ -36,8 +35,7 @@ class DaemonProcess:
     """``xdit-sidecar serve`` with its runtime directory, log and environment.
 
     ``options`` are appended to the command line; ``environment`` is added to this process's.
-    There are no ranks, nor spare ones, unless the options ask for them: their imports take the
-    cores of tests.
+    There are no ranks unless the options ask for them: their imports take the cores of tests.
     """
 
     def __init__(

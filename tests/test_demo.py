@@ -18,9 +18,6 @@ from platforms import Platform, make_platform
 
 pytestmark = pytest.mark.timeout(600)
 
-# Their imports take the cores of other tests.
-NO_SPARES = {"XDIT_SIDECAR_SPARE_RANKS": "false"}
-
 
 def run_demo(cache: Path, platform: Platform, **environment: str) -> tuple[int, str]:
     """The demo's exit status and what it printed."""
@@ -53,7 +50,7 @@ def check_demo(platform: Platform, cache: Path, times: int = 1) -> None:
     temporary = tempfile.mkdtemp(prefix="xd-", dir="/tmp")
     try:
         for _ in range(times):
-            more = {**platform.environment, "TMPDIR": temporary, **NO_SPARES}
+            more = {**platform.environment, "TMPDIR": temporary}
             status, text = run_demo(cache, platform, **more)
             assert status == 0, text
             copies = [float(c) for c in re.findall(r"physical copies, .*?: (\d+\.\d+) \(", text)]

@@ -123,7 +123,7 @@ def main() -> int:
         with daemon.client("other") as other:
             measure(bench, daemon, client, [remote, RemoteRanks(other)])
 
-    return run_compiled(bench, story, "--spare-ranks")
+    return run_compiled(bench, story)
 
 
 if __name__ == "__main__":

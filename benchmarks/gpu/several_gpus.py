@@ -161,7 +161,7 @@ def judge_speed(bench: Bench) -> None:
 
 def kill_a_rank(bench: Bench, daemon: DaemonProcess, remote: RemoteRanks) -> None:
     """The last rank dies in the middle of a picture; the next one is asked for at once."""
-    ranks = daemon.wait_for_status(lambda s: s.group.spares == len(s.ranks), 120).ranks
+    ranks = daemon.wait_for_status(lambda s: s.group.state == "ready", 120).ranks
     job = picture_job(width=1024, height=1024, steps=STEPS, decode=False)
     ends: list[float] = []
 
@@ -249,13 +249,11 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         for world, mode in itertools.product(worlds, modes):
-            options = ("--spare-ranks",) if world > 1 and mode == "off" else ()
             run_daemon(
                 bench,
                 Path(directory, f"{world}-{mode}"),
                 world,
                 partial(tell, world, mode),
-                *options,
                 compiles=mode,
                 device=",".join(devices[:world]),
             )

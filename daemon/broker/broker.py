@@ -165,7 +165,6 @@ class Broker:
             settings.endpoints.directory,
             deadline=settings.deadline,
             reserve=settings.reserve,
-            spares=settings.spare_ranks,
             compiles=settings.compiles,
             deliver=self.answer,
             on_lost=lost,

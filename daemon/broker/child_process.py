@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import subprocess
@@ -44,6 +45,11 @@ class ChildProcess:
     def kill(self) -> None:
         """SIGKILL; ``on_exit`` follows."""
         self._process.kill()
+
+    def wait(self, seconds: float) -> None:
+        """Until it has ended by itself, but no longer than that."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
 
     def discard(self) -> None:
         """Kill and reap now; ``on_exit`` is not called."""

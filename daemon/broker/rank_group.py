@@ -18,10 +18,10 @@ from ...protocol.errors import NO_RANKS, RankFault, RankLost, RanksUnavailable
 from ..ranks.messages import Assignment
 from .child_process import RestartPolicy
 from .events import Asker
+from .fork_server import ForkServer
 from .jobs import Frame
 from .log import log
 from .rank_link import RankLink, Result
-from .rank_pool import RankPool
 
 _START_SECONDS = 180.0  # imports, CUDA contexts and meeting, on a loaded machine
 _GRACE_SECONDS = 1.0  # past the deadline, in which the ranks themselves give up
@@ -32,9 +32,8 @@ class RankGroup:
     """The ranks on ``devices``, one each, in ``runtime_dir``.
 
     ``deadline``: seconds that one task may take, and one exchange among the ranks; ``reserve``:
-    bytes of each device that they leave to others; ``spares``: whether as many processes wait to
-    take their places. ``on_lost`` is called with the error that what they were working on ends
-    with, ``on_change`` when the group becomes ready or is given up.
+    bytes of each device that they leave to others. ``on_lost`` is called with the error that what
+    they were working on ends with, ``on_change`` when the group becomes ready or is given up.
     """
 
     def __init__(
@@ -44,7 +43,6 @@ class RankGroup:
         *,
         deadline: float,
         reserve: int,
-        spares: bool,
         deliver: Callable[[Asker, m.Task, Sequence[Frame]], None],
         on_lost: Callable[[RankLost], None],
         on_change: Callable[[], None],
@@ -68,7 +66,7 @@ class RankGroup:
         self._overdue: asyncio.TimerHandle | None = None  # of the task that is worked on
         self._ending = False  # killed, not all gone yet
         self._at_work = False  # has a task, or was killed with one
-        self._pool = RankPool(self._arguments(), len(self.devices) if spares else 0)
+        self._server = ForkServer(self._arguments())
 
     @property
     def backend(self) -> Literal["gloo", "nccl"]:
@@ -93,20 +91,14 @@ class RankGroup:
         self._timer = self._loop.call_later(
             _START_SECONDS, self.restart, f"the ranks did not start within {_START_SECONDS:.0f} s"
         )
-        pids = ",".join(str(link.pid) for link in self.links)
-        log("ranks-started", ranks=len(self.links), backend=self.backend, pids=pids)
+        log("ranks-started", ranks=len(self.links), backend=self.backend)
 
     def close(self) -> None:
         """End all processes and do not start them again."""
         self._cancel_timers()
-        self._pool.close()
         self._discard()
+        self._server.close()
         self._meeting_file.unlink(missing_ok=True)
-
-    @property
-    def spares_ready(self) -> int:
-        """How many processes wait to take a rank's place."""
-        return self._pool.ready
 
     def rank_of(self, pid: int) -> RankLink | None:
         """The rank with this pid."""
@@ -204,7 +196,7 @@ class RankGroup:
     def _start_rank(self, rank: int, device: str) -> RankLink:
         return RankLink(
             Assignment(rank, device, self.reserve, self.devices.count(device), self.compiles),
-            self._pool,
+            self._server,
             deliver=self._deliver,
             on_ready=self._rank_ready,
             on_exit=self._rank_exited,
@@ -216,11 +208,11 @@ class RankGroup:
         self._cancel_timers()
         self.state, self.error = "ready", None
         self._policy.started()  # a group that hangs before this is no group that lived
-        log("ranks-ready", ranks=len(self.links))
+        pids = ",".join(str(link.pid) for link in self.links)
+        log("ranks-ready", ranks=len(self.links), pids=pids)
         self._on_change()
-        self._pool.fill()  # not before: their imports would take the cores of the ranks' start
 
-    def _rank_exited(self, link: RankLink, status: int) -> None:
+    def _rank_exited(self, link: RankLink, status: int | None) -> None:
         log("rank-lost", "error", rank=link.rank, pid=link.pid, status=status)
         self.restart(link.error or f"rank {link.rank} ended")
         if all(other.state == "ended" for other in self.links):
@@ -245,7 +237,7 @@ class RankGroup:
             self._timer = self._loop.call_later(delay, self.start)
             return
         self.state, self._ending = "degraded", False
-        self._pool.close()
+        self._server.close()
         log("ranks-degraded", "error", error=self.error)
         self._on_change()
 

@@ -15,9 +15,10 @@ from ...protocol import messages as m
 from ...protocol.errors import RankLost
 from ..ranks.messages import Assignment
 from .events import Asker
+from .fork_server import ForkServer
 from .jobs import Frame
 from .log import log
-from .rank_pool import RankPool
+from .rank_process import RankProcess
 
 
 class Result(NamedTuple):
@@ -28,7 +29,7 @@ class Result(NamedTuple):
 
 
 class RankLink:
-    """One life of one rank, in a process of the pool; the group starts the next one.
+    """One life of one rank, in a process that is forked for it; the group starts the next one.
 
     ``deliver(asker, task, frames)`` sends a task; ``on_ready`` and ``on_exit`` tell the group.
     """
@@ -36,11 +37,11 @@ class RankLink:
     def __init__(
         self,
         assignment: Assignment,
-        pool: RankPool,
+        server: ForkServer,
         *,
         deliver: Callable[[Asker, m.Task, Sequence[Frame]], None],
         on_ready: Callable[[], None],
-        on_exit: Callable[[RankLink, int], None],
+        on_exit: Callable[[RankLink, int | None], None],
     ) -> None:
         """Raises OSError if the process cannot be started."""
         self.rank = assignment.rank
@@ -58,8 +59,12 @@ class RankLink:
         self._idle: Asker | None = None  # its open request for a task
         self._queue: deque[tuple[m.Task, Sequence[Frame]]] = deque()
         self._running: dict[int, asyncio.Future[Result]] = {}
-        self._process = pool.take(assignment, self._exited)
-        self.pid = self._process.pid
+        self._process = RankProcess(server, assignment, self._exited)
+
+    @property
+    def pid(self) -> int | None:
+        """Of its process, once there is one."""
+        return self._process.pid
 
     def new_task(self) -> int:
         """A number for the next task."""
@@ -109,9 +114,10 @@ class RankLink:
             asker, self._idle = self._idle, None
             self._deliver(asker, *self._queue.popleft())
 
-    def _exited(self, status: int) -> None:
+    def _exited(self, status: int | None) -> None:
         last = self._process.error
-        told = f"the process {self.pid} of rank {self.rank} ended ({status})"
+        how = "nobody can tell how" if status is None else status
+        told = f"the process {self.pid} of rank {self.rank} ended ({how})"
         self._end(f"rank {self.rank}: {last}" if last else told)
         self._on_exit(self, status)
 

@@ -1,88 +1,130 @@
-"""The broker's end of a process that is a rank, or waits to become one."""
+"""The broker's end of a rank's process."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ...protocol import codec, limits
 from ...protocol.errors import SidecarError
 from ...protocol.frames import FrameStream, StreamClosed
-from ..ranks.messages import Assignment, Imported, RankWord, Refused
-from .child_process import ChildProcess
+from ..ranks.messages import Assignment, Refused
+from .fork_server import ForkServer
+
+_STATUS_SECONDS = 0.5  # after an end, in which the fork server tells the exit status
 
 
 class RankProcess:
-    """It imports what a rank needs, then waits until it is told which rank it is.
+    """Forked when the fork server comes to it, then told which rank it is.
 
-    ``on_imported()`` is called once; ``on_exit(status)`` is, too, after it is reaped.
+    ``on_exit(status)`` is called once, after it has ended; None: nobody can tell how.
     """
 
     def __init__(
-        self,
-        arguments: Sequence[str],
-        *,
-        on_imported: Callable[[], None],
-        on_exit: Callable[[int], None],
+        self, server: ForkServer, assignment: Assignment, on_exit: Callable[[int | None], None]
     ) -> None:
         """Raises OSError if the process cannot be started."""
-        self.imported = False
+        self.pid: int | None = None  # until it is forked
         self.error: str | None = None  # its last words
-        self.on_imported = on_imported
-        self.on_exit = on_exit
+        self._server = server
+        self._assignment = assignment
+        self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
+        self._pidfd = -1
+        self._status: int | None = None
+        self._timer: asyncio.TimerHandle | None = None
         ours, theirs = socket.socketpair()
-        self._stream = FrameStream(ours)
+        self._stream: FrameStream | None = FrameStream(ours)
         try:
-            with theirs:
-                self._child = ChildProcess(
-                    "xdit_sidecar.daemon.ranks",
-                    ["--channel", str(theirs.fileno()), *arguments],
-                    on_exit=self._exited,
-                    descriptors=[theirs.fileno()],
-                )
+            server.fork(self, theirs.detach())
         except OSError:
             self._stream.close()
             raise
-        self.pid = self._child.pid
         self._loop.add_reader(self._stream, self._readable)
 
-    def assign(self, assignment: Assignment) -> None:
-        """Tell it which rank it is. Raises StreamClosed if it has ended."""
-        self._stream.queue_frame(codec.encode(assignment))
-        self._stream.flush()  # some hundred bytes, which an empty socket always takes
+    # --- what the fork server tells
+
+    def forked(self, pid: int) -> None:
+        """It is there."""
+        self.pid = pid
+        if self._stream is None:
+            return  # discarded meanwhile: it ends when it sees that
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError as error:  # ended and reaped, or no descriptor is left to watch it with
+            self.not_forked(f"the process {pid} cannot be watched: {error}")
+            return
+        self._loop.add_reader(self._pidfd, self._vanished)
+        self._stream.queue_frame(codec.encode(self._assignment))
+        with contextlib.suppress(StreamClosed):  # it has ended, which is noticed
+            self._stream.flush()  # some hundred bytes, which an empty socket always takes
+
+    def not_forked(self, reason: str) -> None:
+        """There will be none."""
+        self.error = reason
+        self._finish()
+
+    def ended(self, status: int) -> None:
+        """It is reaped."""
+        self._status = status
+        if self._timer is not None:
+            self._finish()
+
+    # --- what the broker wants
 
     def kill(self) -> None:
         """End the process; ``on_exit`` follows."""
-        self._child.kill()
+        if self._pidfd >= 0:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        elif self.pid is None:
+            self._server.kill()  # it has not come to it, and may never
 
     def discard(self) -> None:
-        """End the process now; ``on_exit`` is not called."""
-        self._hang_up()
-        self._child.discard()
+        """End the process; ``on_exit`` is not called."""
+        if self._pidfd >= 0:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self._forget()
 
     def _readable(self) -> None:
+        if self._stream is None:
+            return
         try:
             self._stream.read_available()
             while (frame := self._stream.take_frame()) is not None:
-                match codec.decode(frame, RankWord, limit=limits.STREAM_FRAME):
-                    case Imported():
-                        self.imported = True
-                        self.on_imported()
-                    case Refused(reason):
-                        self.error = reason
+                self.error = codec.decode(frame, Refused, limit=limits.STREAM_FRAME).reason
         except StreamClosed:
             self._loop.remove_reader(self._stream)  # it is about to end
         except SidecarError as error:
             self.error = f"it spoke nonsense: {error}"
             self.kill()
 
-    def _hang_up(self) -> None:
-        self._loop.remove_reader(self._stream)
-        self._stream.close()
+    def _vanished(self) -> None:
+        self._unwatch()
+        self._timer = self._loop.call_later(_STATUS_SECONDS, self._finish)
+        if self._status is not None:
+            self._finish()
 
-    def _exited(self, status: int) -> None:
+    def _finish(self) -> None:
         self._readable()  # its last words may still be there
-        self._hang_up()
-        self.on_exit(status)
+        if self._stream is not None:
+            self._forget()
+            self._on_exit(self._status)
+
+    def _forget(self) -> None:
+        self._unwatch()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._stream is not None:
+            self._loop.remove_reader(self._stream)
+            self._stream.close()
+            self._stream = None
+
+    def _unwatch(self) -> None:
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1

@@ -70,7 +70,6 @@ def _group(broker: Broker) -> m.GroupStatus | None:
         jobs=len(service.jobs),
         kept_tensors=len(service.kept),
         kept_bytes=service.kept.nbytes,
-        spares=group.spares_ready,
     )
 
 

@@ -41,15 +41,6 @@ def serve_command(
             "are shared and nothing is computed. [default: auto]",
         ),
     ] = None,
-    spare_ranks: Annotated[
-        bool | None,
-        typer.Option(
-            "--spare-ranks/--no-spare-ranks",
-            help="Keep as many processes ready to take the places of ranks that died. "
-            "[default: yes]",
-            show_default=False,
-        ),
-    ] = None,
     compiles: Annotated[
         str | None,
         typer.Option(
@@ -112,7 +103,6 @@ def serve_command(
     flags: dict[str, str | list[str] | None] = {
         "device": device,
         "ranks": ranks,
-        "spare-ranks": None if spare_ranks is None else str(spare_ranks).lower(),
         "compile": compiles,
         "deadline": deadline,
         "budget": budget,

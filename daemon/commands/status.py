@@ -169,8 +169,7 @@ def _sessions(sessions: list[m.SessionStatus]) -> Table:
 
 
 def _ranks(ranks: list[m.RankStatus], group: m.GroupStatus) -> Table:
-    spares = f", {group.spares} spare" if group.spares else ""
-    title = f"Ranks: {group.state}, {group.backend}, {group.jobs} jobs{spares}"
+    title = f"Ranks: {group.state}, {group.backend}, {group.jobs} jobs"
     table = make_table(title, ">rank", "device", ">pid", "state", ">starts", ">copies", "error")
     for rank in ranks:
         table.add_row(

@@ -2,6 +2,6 @@
 
 import sys
 
-from .process import main
+from .fork_server import main
 
 sys.exit(main())

@@ -1,6 +1,6 @@
-"""What broker and rank process say over their channel, before the rank has a session.
+"""What broker, fork server and rank process say over their channels, before a rank has a session.
 
-Internal: both always come from the same release.
+Internal: all always come from the same release.
 """
 
 from __future__ import annotations
@@ -13,19 +13,45 @@ from msgspec import Meta
 from ...protocol import limits
 from ...protocol.messages import Compile
 
+_Pid = Annotated[int, Meta(gt=0)]
+_Reason = Annotated[str, Meta(max_length=limits.TEXT)]
+
+
+class Fork(msgspec.Struct, frozen=True, tag="fork", tag_field="type", forbid_unknown_fields=True):
+    """To the fork server: fork a rank's process, whose channel is the descriptor sent along."""
+
 
 class Imported(msgspec.Struct, frozen=True, tag="imported", tag_field="type"):
-    """The process has imported what a rank needs. The rest of its start takes no time."""
+    """From the fork server: it has imported what ranks need. The rest of a start takes no time."""
+
+
+class Forked(msgspec.Struct, frozen=True, tag="forked", tag_field="type"):
+    """The answer to the oldest order: the process is there."""
+
+    pid: _Pid
+
+
+class NotForked(msgspec.Struct, frozen=True, tag="not-forked", tag_field="type"):
+    """The answer to the oldest order: there will be none."""
+
+    reason: _Reason
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended", tag_field="type"):
+    """A forked process is reaped; the status is negative for a signal."""
+
+    pid: _Pid
+    status: int
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused", tag_field="type"):
-    """Why the process ends before it has begun to work."""
+    """From fork server or rank: why the process ends before it has begun to work."""
 
-    reason: Annotated[str, Meta(max_length=limits.TEXT)]
+    reason: _Reason
 
 
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which rank the process is to be. ``device`` is "cpu" or a GPU's UUID.
+    """To a rank's process: which rank it is. ``device`` is "cpu" or a GPU's UUID.
 
     ``reserve`` and ``neighbours``: see :class:`.reservation.Reservation`.
     """
@@ -37,4 +63,4 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     compiles: Compile = "auto"  # transformers; "auto": on a GPU
 
 
-RankWord = Imported | Refused  # from the rank; an Assignment is all that it is told
+ServerWord = Imported | Forked | NotForked | Ended | Refused  # from the fork server

@@ -1,40 +1,38 @@
-"""A rank process: imports, is told which rank it is, meets the others; then it does tasks.
+"""A rank process: it is told which rank it is, meets the others, and then does tasks.
 
 A rank is a client of the broker like any other, so that its leases end with it. It waits
-here and never inside a collective. What it imports is the same for all ranks, so that it may be
-done long before there is a rank to be.
+here and never inside a collective.
 """
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
-import gc
-import os
-import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ...protocol import messages as m
 from ...protocol.client.client import Client
 from ...protocol.client.deadline import Deadline
 from ...protocol.client.session import ClientSession
 from ...protocol.errors import BadMessage, SidecarError
-from ..child import die_with_parent
-from .channel import RankChannel
-from .code_cache import code_cache
-from .lean_imports import lean_imports
+from ..child import name_process
+from .channel import Channel
 
 if TYPE_CHECKING:
     from .worker import Worker
 
-_WITH_ALL_PACKAGES = "--with-all-packages"
-# Nothing is ever downloaded, and libraries' advice to developers is not for the daemon's log.
-_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 _FOREVER = 10 * 365 * 86400.0
+
+
+class RankArguments(NamedTuple):
+    """What is the same for all ranks of a group; ``deadline`` in seconds."""
+
+    world_size: int
+    backend: str
+    meeting_file: Path
+    deadline: float
+    runtime_dir: str
 
 
 class RankClient(Client):
@@ -65,54 +63,14 @@ class RankClient(Client):
         return task, inputs
 
 
-def main() -> int:
-    """Entry point of a rank process."""
-    parser = argparse.ArgumentParser(prog="xdit-sidecar-rank")
-    parser.add_argument("--world-size", type=int, required=True)
-    parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--backend", choices=["gloo", "nccl"], required=True)
-    parser.add_argument("--meeting-file", type=Path, required=True)
-    parser.add_argument("--deadline", type=float, required=True)
-    parser.add_argument("--runtime-dir", required=True)
-    parser.add_argument("--channel", type=int, required=True)
-    parser.add_argument("--parent", type=int, required=True)
-    parser.add_argument(_WITH_ALL_PACKAGES, dest="with_all_packages", action="store_true")
-    arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    # What a rank that hangs is doing: `kill -USR1` has it written to the daemon's log.
-    faulthandler.register(signal.SIGUSR1)
-    os.environ.update(_ENVIRONMENT)
-    # Each taking all cores, ranks would wait for each other's threads most of the time.
-    cores = len(os.sched_getaffinity(0)) // arguments.world_size
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
-    # torch takes up to 32 processes, which would be in the way of all else.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(8, max(1, cores))))
-    # torch's own choice lies in /tmp under a name that anybody can take before.
-    if (cache := code_cache()) is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    channel = RankChannel(arguments.channel)
-    # Imports leave little to collect, and looking for it would be a sixth of their CPU seconds.
-    gc.disable()
+def run_rank(arguments: RankArguments, channel: Channel) -> int:
+    """Be a rank until the daemon is gone: the exit status. The engine must be loaded."""
     try:
-        # After the environment, and before the hello, which tells the daemon which torch this is.
-        try:
-            with nullcontext() if arguments.with_all_packages else lean_imports():
-                from .worker import Worker, load_engine
+        from .worker import Worker
 
-                load_engine(gpu=arguments.gpu)
-        except Exception as error:  # of other versions' modules, whatever it is
-            from .parallel.xfuser_repairs import XfuserUnusable
-
-            if arguments.with_all_packages or isinstance(error, XfuserUnusable):
-                raise
-            _start_with_all_packages(error)
-        gc.freeze()
-        gc.enable()
-        channel.tell_imported()
-        if (assignment := channel.wait_for_assignment()) is None:
+        if (assignment := channel.receive_assignment()) is None:
             return 0
+        name_process(f"xdit-rank-{assignment.rank}")
         worker = Worker.meet(
             rank=assignment.rank,
             world_size=arguments.world_size,
@@ -138,13 +96,3 @@ def main() -> int:
         return 1
     finally:
         client.close()
-
-
-def _start_with_all_packages(error: Exception) -> NoReturn:
-    """Begin anew in this process's place: some package cannot do without what is left out."""
-    print(
-        f"xdit-sidecar-rank: imports everything, as it cannot start without: {error}",
-        file=sys.stderr,
-        flush=True,
-    )
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], _WITH_ALL_PACKAGES])  # noqa: S606

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from .runs.base import Engines, Progress, Run
 from .runs.begin import begin_run
 from .scratch import MappedScratches
 from .text_encoding import TextEncoding
+from .unasked_driver import unasked_driver
 
 # Imports take long on a loaded machine, and not equally long; the broker's patience is the bound.
 _MEETING_SECONDS = 600.0
@@ -264,15 +265,16 @@ class Worker:
         return OutOfMemory(f"the rank ran out of device memory: {text}")
 
 
-def load_engine(*, gpu: bool) -> None:
-    """Import what is imported late otherwise, for ranks on GPUs or on the CPU.
+def load_engine(device_type: Literal["cpu", "cuda"]) -> None:
+    """Import what is imported late otherwise, for ranks on that kind of device.
 
-    Makes no CUDA context: that takes memory of the device. Raises XfuserUnusable, or what diffusers
-    does: ImportError or RuntimeError.
+    Asks no driver, makes no CUDA context. Raises XfuserUnusable, or what diffusers does:
+    ImportError or RuntimeError.
     """
-    for model in ("autoencoders.autoencoder_kl", "transformers.transformer_flux"):
-        importlib.import_module(f"diffusers.models.{model}")
-    load_xfuser(torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"))
+    with unasked_driver():
+        for model in ("autoencoders.autoencoder_kl", "transformers.transformer_flux"):
+            importlib.import_module(f"diffusers.models.{model}")
+    load_xfuser(torch.device(device_type))
 
 
 def _probe(task: m.ProbeTask, take: TakeDescriptor) -> bytes:

@@ -94,7 +94,6 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     jobs: Count  # waiting or running
     kept_tensors: Count  # named by digest
     kept_bytes: Bytes  # of them, on each rank
-    spares: Count = 0  # processes that wait to take a rank's place
 
 
 class Status(Message, frozen=True, tag="status-report", kw_only=True):

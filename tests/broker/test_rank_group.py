@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
-from xdit_sidecar.daemon.broker import rank_group
+from xdit_sidecar.daemon.broker import rank_group, rank_link
 from xdit_sidecar.daemon.broker.events import Asker
 from xdit_sidecar.daemon.broker.rank_group import RankGroup
-from xdit_sidecar.daemon.ranks.messages import Assignment
 from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.errors import RankLost, RanksUnavailable
 
@@ -20,12 +20,17 @@ SOON = 0.1
 class Process:
     """A rank's process; ``obeys``: whether a kill ends it, as none does that hangs in a driver."""
 
-    def __init__(self, pid: int, on_exit: Callable[[int], None]) -> None:
-        self.pid = pid
+    all: ClassVar[list[Process]] = []
+
+    def __init__(
+        self, _server: object, _assignment: object, on_exit: Callable[[int | None], None]
+    ) -> None:
+        self.pid = 1000 + len(self.all)
         self.error: str | None = None
         self.obeys = True
         self.ended = False
         self._on_exit = on_exit
+        self.all.append(self)
 
     def kill(self) -> None:
         if self.obeys and not self.ended:
@@ -40,25 +45,6 @@ class Process:
         self.ended = True
 
 
-class Pool:
-    """Instead of real processes; there are no spares."""
-
-    ready = 0
-
-    def __init__(self, *_: object) -> None:
-        self.taken: list[Process] = []
-
-    def take(self, assignment: Assignment, on_exit: Callable[[int], None]) -> Process:
-        self.taken.append(Process(1000 + len(self.taken), on_exit))
-        return self.taken[-1]
-
-    def fill(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class Scene:
     """A group of two, and whatever it told."""
 
@@ -69,7 +55,6 @@ class Scene:
             directory,
             deadline=0.2,
             reserve=0,
-            spares=False,
             deliver=lambda *_: None,
             on_lost=self.lost.append,
             on_change=lambda: None,
@@ -79,8 +64,7 @@ class Scene:
     @property
     def processes(self) -> list[Process]:
         """Of the ranks that there are."""
-        taken: list[Process] = self.group._pool.taken  # type: ignore[attr-defined]
-        return taken[-2:]
+        return Process.all[-2:]
 
     async def get_ready(self) -> None:
         """All ranks ask for their first task."""
@@ -104,7 +88,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_group, "RankPool", Pool)
+    monkeypatch.setattr(rank_link, "RankProcess", Process)
     monkeypatch.setattr(rank_group, "_GRACE_SECONDS", SOON)
     monkeypatch.setattr(rank_group, "_END_SECONDS", 0.5)
 

@@ -6,7 +6,7 @@ import pathlib
 from pathlib import Path
 
 import pytest
-from xdit_sidecar.daemon.ranks import process
+from xdit_sidecar.daemon.ranks import fork_server
 from xdit_sidecar.daemon.ranks.code_cache import code_cache, prepare_code_cache
 
 VARIABLES = ("CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME", "TORCHINDUCTOR_CACHE_DIR")
@@ -40,10 +40,10 @@ def test_an_account_without_a_home_keeps_no_code(monkeypatch: pytest.MonkeyPatch
 def test_a_rank_of_an_account_without_a_home_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes as far as the channel, on which it could say why it does not start."""
     monkeypatch.setattr(pathlib.Path, "home", homeless)
-    monkeypatch.setattr(process, "die_with_parent", lambda parent: None)
-    monkeypatch.setattr(process.signal, "signal", lambda number, action: None)
-    monkeypatch.setattr(process.faulthandler, "register", lambda number: None)
-    monkeypatch.setattr(process.os, "environ", {})
+    monkeypatch.setattr(fork_server, "die_with_parent", lambda parent: None)
+    monkeypatch.setattr(fork_server.signal, "signal", lambda number, action: None)
+    monkeypatch.setattr(fork_server.faulthandler, "register", lambda number: None)
+    monkeypatch.setattr(fork_server.os, "environ", {})
 
     class Reached(Exception):
         pass
@@ -51,13 +51,13 @@ def test_a_rank_of_an_account_without_a_home_starts(monkeypatch: pytest.MonkeyPa
     def channel(descriptor: int) -> None:
         raise Reached
 
-    monkeypatch.setattr(process, "RankChannel", channel)
+    monkeypatch.setattr(fork_server, "Channel", channel)
     options = {
         **{"world-size": "1", "backend": "gloo", "meeting-file": "/meeting", "deadline": "1"},
         **{"runtime-dir": "/run", "channel": "9", "parent": "1"},
     }
     arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
-    monkeypatch.setattr(process.sys, "argv", ["rank", *arguments])
+    monkeypatch.setattr(fork_server.sys, "argv", ["ranks", *arguments])
     with pytest.raises(Reached):
-        process.main()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in process.os.environ
+        fork_server.main()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in fork_server.os.environ

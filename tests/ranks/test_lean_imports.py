@@ -28,7 +28,7 @@ from contextlib import nullcontext
 from xdit_sidecar.daemon.ranks.lean_imports import lean_imports
 with {around}:
     from xdit_sidecar.daemon.ranks.worker import load_engine
-    load_engine(gpu=False)
+    load_engine("cpu")
 def there():
     return [name for name in {names} if sys.modules.get(name) is not None]
 at_start = there()

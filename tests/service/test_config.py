@@ -28,7 +28,6 @@ from xdit_sidecar.protocol import limits
 VALUES = {
     "device": (('"cpu"', "cuda", "auto"), ("cpu", "cuda", "auto")),
     "ranks": (('"auto"', "0", "auto"), ("auto", 0, "auto")),
-    "spare-ranks": (("false", "true", "false"), (False, True, False)),
     "compile": (('"on"', "off", "auto"), ("on", "off", "auto")),
     "deadline": (("30", "31.5", "32"), (30.0, 31.5, 32.0)),
     "budget": (('"1GiB"', "2g", "3000000000"), (1 << 30, 2 << 30, 3_000_000_000)),
@@ -75,7 +74,6 @@ def test_the_later_source_is_the_stronger(key: str, tmp_path: Path) -> None:
         ("ranks = 65", ["ranks in ", "auto or a number from 0 to 64"]),
         ("ranks = true", ["ranks in ", "auto or a number"]),
         ('ranks = "2"', ["ranks in ", "auto or a number"]),
-        ("spare-ranks = 1", ["spare-ranks in ", "bool"]),
         ("deadline = 0.5", ["deadline in ", ">= 1"]),
         ("deadline = nan", ["deadline in ", ">= 1"]),
         ('budget = "1K"', ["budget in ", str(limits.REGION_GRANULE)]),

@@ -191,7 +191,6 @@ def test_a_child_that_cannot_be_started_is_a_failed_start(kind: str) -> None:
                 Path("/tmp"),
                 deadline=1.0,
                 reserve=0,
-                spares=True,
                 compiles="off",
                 deliver=lambda *_: None,
                 on_lost=lambda _: None,

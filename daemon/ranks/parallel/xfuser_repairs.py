@@ -24,6 +24,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import Tensor
 
+from ..unasked_driver import unasked_driver
 from .ulysses import exchange_shares
 
 TESTED_VERSIONS = SpecifierSet(">=0.7,<0.8")
@@ -98,7 +99,7 @@ def load_xfuser(device: torch.device, *, without: frozenset[str] = frozenset()) 
     if "xfuser" in sys.modules:
         raise XfuserUnusable("xfuser was imported before its repairs: call load_xfuser first")
     wanted = [r for r in REPAIRS if device.type in r.devices and r.name not in without]
-    with _quiet_logging():
+    with _quiet_logging(), unasked_driver():
         for repair in wanted:
             if repair.before_import:
                 repair.apply()
@@ -192,18 +193,21 @@ def _backend_without_cuda() -> None:
     _load_envs().get_torch_distributed_backend = lambda: "gloo"
 
 
-@_repair(_CPU, before_import=True)
+@_repair(_BOTH, before_import=True)
 def _sequence_parallel_without_cuda() -> None:
-    """Without CUDA xfuser takes yunchang for missing and makes every sequence group of size 1."""
+    """Without CUDA xfuser takes yunchang for missing and makes every sequence group of size 1.
+
+    While it is imported there is no CUDA for it on a GPU either: see :mod:`..unasked_driver`.
+    """
     _load_envs().PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
 
 
 # --- after it ------------------------------------------------------------------------------------
 
 
-@_repair(_CPU)
+@_repair(_BOTH)
 def _process_groups_without_cuda() -> None:
-    """Without CUDA the modules that exchange tensors have no process groups."""
+    """Without CUDA, as there is during imports, modules that exchange have no process groups."""
     groups = importlib.import_module("yunchang.globals").PROCESS_GROUP
     for name, module in list(sys.modules.items()):
         if name.startswith("xfuser.") and vars(module).get("PROCESS_GROUP", ...) is None:
