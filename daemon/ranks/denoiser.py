@@ -208,6 +208,7 @@ class Denoiser:
         """Drop what is kept for all sessions but these; what goes on there begins exactly anew."""
         for resident in self._components.built(_Resident):
             resident.pipefusion.forget_others(sessions)
+            resident.flux.rotations.forget()
 
     def forget_regions(self) -> None:
         """Regions are about to be closed: hold nothing of them."""

@@ -64,7 +64,7 @@ def to_inputs(
     sigma and the unscaled strength, and stay fp32; ``context`` is (B, T, E), ``y`` (B, P) or wider
     (the rest is ignored) or None (zeros). ``ref_latents`` are (B, C, any height, any width). Odd
     heights and widths are padded with the opposite edge. All floating dtypes; on the device of
-    ``x``.
+    ``x``; positions come out in host memory.
 
     Guidance for a model without it is ignored. None for a model with it comes out as None: the
     model must have been prepared by :func:`~.missing_guidance.allow_missing_guidance`.
@@ -96,7 +96,7 @@ def to_inputs(
         pooled_projections=_pooled(y, config, x).to(compute_dtype),
         timestep=timestep.float(),
         img_ids=torch.cat(ids),
-        txt_ids=torch.zeros(context.shape[1], 3, device=x.device),
+        txt_ids=torch.zeros(context.shape[1], 3),
         guidance=None if guidance is None else _exact_guidance(guidance),
     )
     return inputs, Placement(x.shape[2], x.shape[3], inputs.hidden_states.shape[1])
@@ -158,14 +158,12 @@ def _tokens_across(pixels: int) -> int:
 
 
 def _ids(image: Tensor, place: _Place) -> Tensor:
-    """(index, row, column) of each token, (tokens, 3) in fp32."""
+    """(index, row, column) of each token, (tokens, 3) in fp32, in host memory."""
     top, left = _tokens_across(place.top), _tokens_across(place.left)
-    ids = torch.empty(
-        _tokens_across(image.shape[2]), _tokens_across(image.shape[3]), 3, device=image.device
-    )
+    ids = torch.empty(_tokens_across(image.shape[2]), _tokens_across(image.shape[3]), 3)
     ids[..., 0] = place.index
-    ids[..., 1] = torch.arange(top, top + ids.shape[0], device=image.device)[:, None]
-    ids[..., 2] = torch.arange(left, left + ids.shape[1], device=image.device)
+    ids[..., 1] = torch.arange(top, top + ids.shape[0])[:, None]
+    ids[..., 2] = torch.arange(left, left + ids.shape[1])
     return ids.flatten(0, 1)
 
 

@@ -18,6 +18,7 @@ from .attention import (
 )
 from .config import ConfigError
 from .contexts import ParallelContext
+from .rotation import KeptRotations
 from .splits import BatchSplit, TokenSplit
 
 
@@ -26,8 +27,9 @@ class FluxInputs:
     """What FLUX is given for one forward; the same, and complete, on every rank.
 
     B rows, L image tokens, T text tokens; D, E and P are the model's ``in_channels``,
-    ``joint_attention_dim`` and ``pooled_projection_dim``. On the rank's device; tokens and pooled
-    text are of the dtype that the model computes in, timestep and guidance fp32.
+    ``joint_attention_dim`` and ``pooled_projection_dim``. On the rank's device but for the
+    positions, which are in host memory; tokens and pooled text are of the dtype that the model
+    computes in, timestep and guidance fp32.
     """
 
     hidden_states: Tensor  # (B, L, D): the packed latent
@@ -84,12 +86,15 @@ class ParallelFlux:
     """A diffusers ``FluxTransformer2DModel`` for any context.
 
     The model is not copied and its parameters are not touched: only the attention processors are
-    replaced, by one that computes the same where no exchange is asked for.
+    replaced, by one that computes the same where no exchange is asked for, and the rotary
+    embedding, by one that remembers.
     """
 
     def __init__(self, model: Any) -> None:
         """``model`` is a FluxTransformer2DModel, in eval mode, its weights on the device."""
         self.model = model
+        self.rotations = KeptRotations(model.pos_embed, next(model.parameters()).device)
+        model.pos_embed = self.rotations
         processor = FluxExchangeProcessor()
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.attn.set_processor(processor)
