@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 from figures import Figure  # noqa: E402
 from machine import describe_run  # noqa: E402
 
-TESTS = ["tests/regions", "tests/sharing", "tests/health"]
+TESTS = ["tests/regions", "tests/sharing", "tests/health", "tests/ranks/service/test_fork_server.py"]
 STAGE_SECONDS = 535
 Stage = Callable[[Path, dict[str, str]], int]
 
