@@ -25,7 +25,8 @@ sys.path.insert(0, str(HERE.parent))
 from figures import Figure  # noqa: E402
 from machine import describe_run  # noqa: E402
 
-TESTS = ["tests/regions", "tests/sharing", "tests/health", "tests/ranks/service/test_fork_server.py"]
+_FORKS = "tests/ranks/service/test_fork_server.py"
+TESTS = ["tests/regions", "tests/sharing", "tests/health", _FORKS]
 STAGE_SECONDS = 535
 Stage = Callable[[Path, dict[str, str]], int]
 

@@ -101,14 +101,16 @@ class ForkServer:
         return stream
 
     def _readable(self) -> None:
-        if self._stream is None:
+        stream = self._stream
+        if stream is None:
             return
         try:
-            self._stream.read_available()
-            while (frame := self._stream.take_frame()) is not None:
+            stream.read_available()
+            # Who hears that the last rank ended may close this.
+            while self._stream is stream and (frame := stream.take_frame()) is not None:
                 self._hear(codec.decode(frame, ServerWord, limit=limits.STREAM_FRAME))
         except StreamClosed:
-            self._loop.remove_reader(self._stream)  # it is about to end
+            self._loop.remove_reader(stream)  # it is about to end
         except (SidecarError, LookupError) as error:
             self._error = f"it spoke nonsense: {error}"
             self.kill()

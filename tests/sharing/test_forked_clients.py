@@ -59,4 +59,4 @@ def test_what_imports_may_have_read_is_not_taken_over(
             assert client.call("ping")
             expected = forked and not is_traced(os.environ)
             assert (psutil.Process(client.pid).ppid() != os.getpid()) is expected
-        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")

@@ -235,8 +235,6 @@ _CUDA_AFTERWARDS = """
 import os, torch
 from xdit_sidecar.daemon.ranks.worker import load_engine
 load_engine("cuda")
-assert not any("nvidia" in os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
-               if os.path.exists(f"/proc/self/fd/{n}"))
 child = os.fork()
 if not child:
     print("sum:", torch.ones(8, device="cuda").sum().item(), flush=True)
