@@ -36,7 +36,6 @@ from .runs.base import Engines, Progress, Run
 from .runs.begin import begin_run
 from .scratch import MappedScratches
 from .text_encoding import TextEncoding
-from .unasked_driver import check_unasked, unasked_driver
 
 # Imports take long on a loaded machine, and not equally long; the broker's patience is the bound.
 _MEETING_SECONDS = 600.0
@@ -268,14 +267,12 @@ class Worker:
 def load_engine(device_type: Literal["cpu", "cuda"]) -> None:
     """Import what is imported late otherwise, for ranks on that kind of device.
 
-    Ranks can be forked afterwards: no driver is asked, or else RuntimeError. Raises XfuserUnusable,
-    or what diffusers does: ImportError or RuntimeError.
+    Call it, and import this module, in :func:`.unasked_driver.unasked_driver`: ranks are forked
+    afterwards. Raises XfuserUnusable, or what diffusers does: ImportError or RuntimeError.
     """
-    with unasked_driver():
-        for model in ("autoencoders.autoencoder_kl", "transformers.transformer_flux"):
-            importlib.import_module(f"diffusers.models.{model}")
+    for model in ("autoencoders.autoencoder_kl", "transformers.transformer_flux"):
+        importlib.import_module(f"diffusers.models.{model}")
     load_xfuser(torch.device(device_type))
-    check_unasked()
 
 
 def _probe(task: m.ProbeTask, take: TakeDescriptor) -> bytes:
