@@ -165,7 +165,7 @@ def _import(*, gpu: bool, lean: bool) -> None:
         with lean_imports() if lean else nullcontext():
             import torch
 
-            from .unasked_driver import unasked_driver
+            from .unasked_driver import check_unasked, unasked_driver
 
             # In a process of its own: the driver must not be asked in this one.
             cuda = gpu and _ask_elsewhere(torch.cuda.is_available)
@@ -173,6 +173,7 @@ def _import(*, gpu: bool, lean: bool) -> None:
                 from .worker import load_engine
 
                 load_engine("cuda" if cuda else "cpu")
+            check_unasked()
     except Exception as error:  # of other versions' modules, whatever it is
         from .parallel.xfuser_repairs import XfuserUnusable
 

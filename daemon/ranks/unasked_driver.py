@@ -19,8 +19,7 @@ _DEVICES = "/dev/nvidia"
 def unasked_driver() -> Iterator[None]:
     """Whoever asks torch in here whether there is an accelerator is told that there is none.
 
-    torch would ask the driver, and packages that hear of a GPU go on to ask its name. Raises
-    RuntimeError at the end if the driver was asked all the same.
+    torch would ask the driver, and packages that hear of a GPU go on to ask its name.
     """
     asked: list[Any] = [torch.cuda]
     if hasattr(torch, "accelerator"):  # from torch 2.6 on
@@ -33,10 +32,9 @@ def unasked_driver() -> Iterator[None]:
     finally:
         for module, original in zip(asked, originals, strict=True):
             module.is_available = original
-    _check_unasked()
 
 
-def _check_unasked() -> None:
+def check_unasked() -> None:
     for name in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{name}")

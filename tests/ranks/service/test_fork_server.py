@@ -233,10 +233,11 @@ def test_a_fork_server_alone(tmp_path: Path) -> None:
 # As a fork server does; then whether a process forked from it can use CUDA.
 _CUDA_AFTERWARDS = """
 import os, torch
-from xdit_sidecar.daemon.ranks.unasked_driver import unasked_driver
+from xdit_sidecar.daemon.ranks.unasked_driver import check_unasked, unasked_driver
 with unasked_driver():
     from xdit_sidecar.daemon.ranks.worker import load_engine
     load_engine("cuda")
+check_unasked()
 child = os.fork()
 if not child:
     print("sum:", torch.ones(8, device="cuda").sum().item(), flush=True)
