@@ -27,8 +27,8 @@ START_SECONDS = 60.0
 STREAMS = (0, 1, 2)
 # Read after the imports; with another value of any other variable they might have done otherwise.
 LATE = ("XDIT_SIDECAR_", "FAKE_CUDA_", "TEST_SHIM_", "PYTEST_CURRENT_TEST", "NOTIFY_SOCKET")
-# Set by torch, scikit-learn and xfuser in whoever imports them, and read by nothing imported here.
-LATE += ("TORCHINDUCTOR_CACHE_DIR", "KMP_", "XDIT_LOGGING_LEVEL")
+# Set by torch, scikit-learn and xfuser in whoever uses them, and read by nothing imported here.
+LATE += ("TORCHINDUCTOR_CACHE_DIR", "CUDA_MODULE_LOADING", "KMP_", "XDIT_LOGGING_LEVEL")
 
 
 class ForkedProcess:
