@@ -18,7 +18,7 @@ from xdit_sidecar.protocol.client.remote import RemoteRanks
 # As little to compute as there can be for latents of 1024² pixels, which travel in full.
 _MODEL = Flux(heads=1, head_size=16, double=1, single=0, channels=64, inputs=64, context=64)
 _LATENT = 128
-_FORWARDS = 40
+_FORWARDS = 200
 
 
 def measure() -> list[Figure]:

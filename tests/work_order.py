@@ -9,6 +9,7 @@ from xdist.scheduler import LoadScopeScheduling
 # What starts ranks, ComfyUI or attackers. First, so that the end is short and no core waits.
 SLOWEST = (
     "tests/ranks/service",
+    "tests/service/test_under_systemd.py",
     "tests/test_demo.py",
     "tests/meaning/",
     "tests/comfyui/test_memory.py",

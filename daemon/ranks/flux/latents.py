@@ -91,11 +91,11 @@ def to_inputs(
     places = [_Place(0, 0, 0), *_place_references(x, ref_latents, ref_latents_method)]
     ids = [_ids(image, place) for image, place in zip(images, places, strict=True)]
     inputs = FluxInputs(
-        hidden_states=torch.cat([_pack(image.to(compute_dtype)) for image in images], dim=1),
+        hidden_states=_join([_pack(image.to(compute_dtype)) for image in images], dim=1),
         encoder_hidden_states=context.to(compute_dtype),
         pooled_projections=_pooled(y, config, x).to(compute_dtype),
         timestep=timestep.float(),
-        img_ids=torch.cat(ids),
+        img_ids=_join(ids, dim=0),
         txt_ids=torch.zeros(context.shape[1], 3),
         guidance=None if guidance is None else _exact_guidance(guidance),
     )
@@ -175,6 +175,11 @@ def _pack(image: Tensor) -> Tensor:
     rows, columns = image.shape[2] // PATCH, image.shape[3] // PATCH
     cells = image.reshape(*image.shape[:2], rows, PATCH, columns, PATCH)
     return cells.permute(0, 2, 4, 1, 3, 5).flatten(3, 5).flatten(1, 2)
+
+
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """``torch.cat``, which would copy a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _exact_guidance(guidance: Tensor) -> Tensor:
