@@ -63,8 +63,9 @@ def bench_forward(bench: Bench, remote: RemoteRanks, transformer: Attachment) ->
 
     def compute(call: Tensors) -> torch.Tensor:
         inputs, placement = to_inputs(config, **call, compute_dtype=torch.bfloat16)
+        given = {name: t if t is None else t.to("cuda") for name, t in vars(inputs).items()}
         with torch.no_grad():
-            (tokens,) = model(**vars(inputs), return_dict=False)
+            (tokens,) = model(**given, return_dict=False)
         return from_tokens(tokens, placement)
 
     outputs = []

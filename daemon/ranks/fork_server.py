@@ -170,10 +170,12 @@ def _import(*, gpu: bool, lean: bool) -> None:
             # In a process of its own: the driver must not be asked in this one.
             cuda = gpu and _ask_elsewhere(torch.cuda.is_available)
             with unasked_driver():
-                from .worker import load_engine
+                from .worker import load_engine, load_text_encoders
 
                 load_engine("cuda" if cuda else "cpu")
-            check_unasked()
+        with lean_imports(needed="transformers") if lean else nullcontext(), unasked_driver():
+            load_text_encoders()
+        check_unasked()
     except Exception as error:  # of other versions' modules, whatever it is
         from .parallel.xfuser_repairs import XfuserUnusable
 

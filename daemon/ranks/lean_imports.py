@@ -21,7 +21,7 @@ UNUSED = {
     "peft": "LoRA; a rank has branches of its own",
     "scipy": "losses and schedulers; a rank trains nothing and has schedules of its own",
     "sklearn": "measures of assisted generation; it imports scipy",
-    "transformers": "pipelines; text encoders import it themselves when there is one",
+    "transformers": "pipelines; text encoders need some of it, which is imported afterwards",
     "trio": "requests to a hub beside other work; a rank makes none",
 }
 # Packages whose __init__ imports far more than the modules that are wanted of them.
@@ -36,17 +36,17 @@ DEFERRED = {
 
 
 @contextmanager
-def lean_imports() -> Iterator[None]:
+def lean_imports(*, needed: str = "") -> Iterator[None]:
     """Import in here what a rank uses, in a process that has imported none of it yet.
 
-    Unused packages are taken for not installed meanwhile; afterwards whoever asks for one gets it,
-    with all that it wants. The ``__init__`` of a deferred one waits until a name of the package
-    itself is asked for. No rank asks; xfuser's import each other in circles, so that asking them
-    may fail.
+    Unused packages but ``needed`` are taken for not installed meanwhile; afterwards whoever asks
+    for one gets it, with all that it wants. The ``__init__`` of a deferred one waits until a name
+    of the package itself is asked for. No rank asks; xfuser's import each other in circles, so that
+    asking them may fail.
     """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    hidden = [name for name in UNUSED if name not in sys.modules]
+    hidden = [name for name in UNUSED if name not in sys.modules and name != needed]
     # None in sys.modules is Python's word for "not to be imported"; find_spec says so, too.
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:

@@ -275,6 +275,12 @@ def load_engine(device_type: Literal["cpu", "cuda"]) -> None:
     load_xfuser(torch.device(device_type))
 
 
+def load_text_encoders() -> None:
+    """Import what text encoders are built of; else the first text waits for it. As above."""
+    for model in ("clip", "t5"):
+        importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+
+
 def _probe(task: m.ProbeTask, take: TakeDescriptor) -> bytes:
     number = task.grant.descriptor
     try:

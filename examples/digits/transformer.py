@@ -69,8 +69,8 @@ class Flow(nn.Module):
             pooled_projections=inputs.pooled_projections,
             timestep=inputs.timestep,
             guidance=inputs.guidance,
-            img_ids=inputs.img_ids,
-            txt_ids=inputs.txt_ids,
+            img_ids=inputs.img_ids.to(x.device),
+            txt_ids=inputs.txt_ids.to(x.device),
             joint_attention_kwargs={"attention_mask": counts.log()[:, None, None]},
             return_dict=False,
         )

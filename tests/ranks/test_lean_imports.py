@@ -27,11 +27,14 @@ import json, sys
 from contextlib import nullcontext
 from xdit_sidecar.daemon.ranks.lean_imports import lean_imports
 with {around}:
-    from xdit_sidecar.daemon.ranks.worker import load_engine
+    from xdit_sidecar.daemon.ranks.worker import load_engine, load_text_encoders
     load_engine("cpu")
 def there():
     return [name for name in {names} if sys.modules.get(name) is not None]
 at_start = there()
+with {around_texts}:
+    load_text_encoders()
+at_start += there()
 """
 # Text encoders are asked for, and diffusers' packages in the way that its other modules do.
 ASK = """
@@ -47,7 +50,11 @@ assert transformers.FluxTransformer2DModel is FluxTransformer2DModel
 
 def imported(around: str) -> tuple[set[str], set[str]]:
     """What a start in ``around`` imports of all these, and what is there after ASK."""
-    program = START.format(around=around, names=sorted(UNUSED.keys() | OF_DEFERRED)) + ASK
+    around_texts = around.replace("lean_imports()", 'lean_imports(needed="transformers")')
+    program = START.format(
+        around=around, around_texts=around_texts, names=sorted(UNUSED.keys() | OF_DEFERRED)
+    )
+    program += ASK
     done = subprocess.run(
         [sys.executable, "-c", f"{program}\nprint(json.dumps([at_start, there()]))"],
         capture_output=True,
@@ -61,7 +68,7 @@ def imported(around: str) -> tuple[set[str], set[str]]:
 
 def test_a_start_imports_none_of_them_and_what_is_asked_for_is_there() -> None:
     at_start, afterwards = imported("lean_imports()")
-    assert at_start == set()
+    assert at_start == {"transformers"}  # for text encoders, after the rest
     of_xfuser = {name for name in OF_DEFERRED if name.startswith("xfuser")}
     assert (OF_DEFERRED - of_xfuser) | {"transformers"} <= afterwards
 
