@@ -18,7 +18,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from ...protocol.errors import SidecarError
 from ...protocol.frames import StreamClosed
 from ..child import die_with_parent
 from .channel import Channel
@@ -110,10 +109,6 @@ def main() -> int:
     gc.disable()
     try:
         _import(gpu=arguments.gpu, lean=not arguments.with_all_packages)
-    except SidecarError as error:
-        channel.refuse(error)
-        print(f"xdit-sidecar-ranks: {error}", file=sys.stderr)
-        return 1
     except Exception as error:
         channel.refuse(error)
         raise
