@@ -17,7 +17,7 @@ from xdit_sidecar.daemon.ranks.flux.adapters import LoraStack, applied
 from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledForward, CompiledShares
 from xdit_sidecar.daemon.ranks.flux.latents import to_inputs
 from xdit_sidecar.daemon.ranks.flux.model import build_flux
-from xdit_sidecar.daemon.ranks.parallel.attention import LocalExchange
+from xdit_sidecar.daemon.ranks.parallel.attention import Exchange, LocalExchange
 from xdit_sidecar.daemon.ranks.parallel.transformer import FluxInputs, ParallelFlux
 from xdit_sidecar.daemon.ranks.parallel.xfuser_repairs import load_xfuser
 
@@ -146,7 +146,7 @@ def test_inputs_that_cannot_be_judged_are_put_off() -> None:
     assert scene.state == "eager"
 
 
-class Doubling:
+class Doubling(Exchange):
     """An exchange that shows whether it was asked."""
 
     def __init__(self) -> None:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import _get_qkv_projections
 from torch import Tensor
 
 from .attention_backend import choose_backend
 from .process_group import sequence_groups
 from .splits import TokenSplit
-from .ulysses import attend_by_heads, pack, unpack_output
+from .ulysses import HeadExchange, Make, begin_by_heads
 
 
-class Exchange(Protocol):
+class Exchange:
     """How the tokens that a rank has see all the tokens there are."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of ``query`` over everything; all (batch, own tokens, heads, head size)."""
-        ...
+        raise NotImplementedError
+
+    def begin(self, query: Make, key: Make, value: Make) -> Tensor:
+        """Attention as soon as each tensor is made; nothing but :meth:`finish` may look at it."""
+        return self.attend(query(), key(), value())
+
+    def finish(self, begun: Tensor) -> Tensor:
+        """What :meth:`attend` gives, of what :meth:`begin` gave."""
+        return begun
 
 
 Kernel = Callable[..., tuple[Tensor, ...]]
@@ -50,7 +58,7 @@ def attend_locally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LocalExchange:
+class LocalExchange(Exchange):
     """No exchange: the rank has all tokens. Without a ``kernel`` one is chosen at each call."""
 
     kernel: Kernel | None = None
@@ -64,7 +72,7 @@ class LocalExchange:
 
 
 @dataclass(frozen=True)
-class SequenceExchange:
+class SequenceExchange(Exchange):
     """Ulysses and ring, exact for every length, by xfuser's USP or, without a ring, `ulysses`.
 
     A rank's tokens lie as [text shard, text rest, image shard, image rest]. The shards are
@@ -76,26 +84,37 @@ class SequenceExchange:
     image: TokenSplit
     ring: int
 
-    @property
-    def by_heads(self) -> bool:
-        """Whether :meth:`attend_packed` will do."""
+    @cached_property
+    def by_heads(self) -> HeadExchange | None:
+        """What exchanges instead where every rank has as many tokens, and there is no ring."""
         shares = self.text.shard or self.image.shard
-        return bool(self.ring == 1 and shares and not self.text.rest and not self.image.rest)
+        if self.ring > 1 or not shares or self.text.rest or self.image.rest:
+            return None
+        return HeadExchange(sequence_groups().ULYSSES_PG, LocalExchange().attend)
 
-    def attend_packed(self, packed: Tensor) -> Tensor:
-        """As :func:`.ulysses.attend_by_heads`."""
-        return attend_by_heads(packed, sequence_groups().ULYSSES_PG, LocalExchange().attend)
+    def begin(self, query: Make, key: Make, value: Make) -> Tensor:
+        """See `Exchange.begin`."""
+        if self.by_heads is None:
+            return super().begin(query, key, value)
+        return begin_by_heads(self.by_heads, self.image.ways, query, key, value)
+
+    def finish(self, begun: Tensor) -> Tensor:
+        """See `Exchange.finish`."""
+        return begun if self.by_heads is None else self.by_heads.receive(begun)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `Exchange.attend`."""
+        if self.by_heads is not None:
+            return self.finish(self.begin(lambda: query, lambda: key, lambda: value))
+        return self._attend_by_usp(query, key, value)
+
+    def _attend_by_usp(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         from xfuser.core.distributed.attention_backend import AttentionBackendType
         from xfuser.model_executor.layers.usp import USP
 
         if not self.text.shard and not self.image.shard:
             # Fewer tokens than ranks, in both streams: every rank has all of them already.
             return LocalExchange().attend(query, key, value)
-        if self.by_heads:
-            return unpack_output(self.attend_packed(pack(query, key, value, self.image.ways)))
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         name = choose_backend(query.dtype, query.device, self.ring, query.shape[-1])
         backend = AttentionBackendType[name]
@@ -130,7 +149,7 @@ class FluxExchangeProcessor:
 
     The exchange comes with each call through ``joint_attention_kwargs``; without one the rank is
     taken to have all tokens, so the model stays usable as it is. Stateless: one serves all layers
-    of all models. Projections, norms and rotation follow ``FluxAttnProcessor`` of diffusers.
+    of all models.
     """
 
     def __call__(
@@ -148,22 +167,46 @@ class FluxExchangeProcessor:
         """
         if attention_mask is not None:
             raise ValueError("FLUX attention over several ranks takes no mask: leave it out")
-        projected = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-        query, key, value = (t.unflatten(-1, (-1, attn.head_dim)) for t in projected[:3])
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if encoder_hidden_states is not None:
-            text = (t.unflatten(-1, (-1, attn.head_dim)) for t in projected[3:])
-            text_query, text_key, text_value = text
-            query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
-            key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
-            value = torch.cat([text_value, value], dim=1)
-        if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        output = (exchange or LocalExchange()).attend(query, key, value)
-        output = output.flatten(2, 3).to(query.dtype)
+        exchange = exchange or LocalExchange()
+        begun = begin_attention(
+            attn, hidden_states, encoder_hidden_states, image_rotary_emb, exchange
+        )
+        output = exchange.finish(begun).flatten(2, 3).to(hidden_states.dtype)
         if encoder_hidden_states is None:
             return output
         length = encoder_hidden_states.shape[1]
         of_text, of_image = output[:, :length].contiguous(), output[:, length:].contiguous()
         return attn.to_out[1](attn.to_out[0](of_image)), attn.to_add_out(of_text)
+
+
+def begin_attention(
+    attn: Any, image: Tensor, text: Tensor | None, rotation: Any, exchange: Exchange
+) -> Tensor:
+    """What `Exchange.begin` gives for a ``FluxAttention`` of diffusers.
+
+    Projections, norms and rotation follow its ``FluxAttnProcessor``; each is made when the
+    exchange asks for it. Arguments as in `FluxExchangeProcessor`.
+    """
+
+    def project(of_image: Any, of_text: Any, norm: Any = None, norm_text: Any = None) -> Tensor:
+        heads = of_image(image).unflatten(-1, (-1, attn.head_dim))
+        heads = heads if norm is None else norm(heads)
+        if text is not None:
+            before = of_text(text).unflatten(-1, (-1, attn.head_dim))
+            before = before if norm_text is None else norm_text(before)
+            heads = torch.cat([before, heads], dim=1)
+        if norm is not None and rotation is not None:
+            heads = apply_rotary_emb(heads, rotation, sequence_dim=1)
+        return heads  # type: ignore[no-any-return]
+
+    if text is None:
+        return exchange.begin(
+            lambda: project(attn.to_q, None, attn.norm_q),
+            lambda: project(attn.to_k, None, attn.norm_k),
+            lambda: project(attn.to_v, None),
+        )
+    return exchange.begin(
+        lambda: project(attn.to_q, attn.add_q_proj, attn.norm_q, attn.norm_added_q),
+        lambda: project(attn.to_k, attn.add_k_proj, attn.norm_k, attn.norm_added_k),
+        lambda: project(attn.to_v, attn.add_v_proj),
+    )

@@ -1,8 +1,13 @@
-"""An exchange as one operator, which compilers leave as it is.
+"""Exchanges as operators, which compilers leave as they are.
 
 What travels between ranks then stays out of compiled code: a rank may have the code that it is to
 run checked all by itself, with a `LocalExchange` in the place of the real one. Tokens come and go
-packed for Ulysses, so that compiled code writes and reads them in that order at once.
+packed for Ulysses, so that compiled code writes them in that order at once; where the exchange is
+by heads, each travels while the next is computed.
+
+A compiler is free to change the order of operators that need nothing of each other, and to write
+over what nobody reads any more. So each is given what was sent before it, and what may still be on
+its way.
 """
 
 from __future__ import annotations
@@ -16,9 +21,7 @@ import torch
 from torch import Tensor
 
 from .attention import Exchange, LocalExchange, SequenceExchange
-from .ulysses import pack, pack_output, unpack, unpack_output
-
-_NAME = "xdit_sidecar::exchange_attend"
+from .ulysses import HeadExchange, Make, Sent, begin_by_heads, pack, unpack, unpack_copy
 
 
 @dataclass
@@ -28,12 +31,18 @@ class Use:
     exchange: Exchange
     count: int = 0
 
+    @property
+    def by_heads(self) -> HeadExchange | None:
+        """What does it step by step, if that is how it is done."""
+        exchange = self.exchange
+        return exchange.by_heads if isinstance(exchange, SequenceExchange) else None
+
 
 _current = [Use(LocalExchange())]  # the last one; ranks compute in one thread
 
 
 @dataclass(frozen=True)
-class OpaqueExchange:
+class OpaqueExchange(Exchange):
     """That of :func:`exchanging`; outside of it the rank's own tokens attend to each other.
 
     ``ways``: how many ranks share the heads; any number that divides them is right.
@@ -43,8 +52,34 @@ class OpaqueExchange:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `Exchange.attend`."""
-        packed = pack(query, key, value, self.ways)
-        return unpack_output(torch.ops.xdit_sidecar.exchange_attend(packed))
+        return self.finish(self.begin(lambda: query, lambda: key, lambda: value))
+
+    def begin(self, query: Make, key: Make, value: Make) -> Tensor:
+        """See `Exchange.begin`."""
+        return begin_by_heads(_OPERATORS, self.ways, query, key, value)
+
+    def finish(self, begun: Tensor) -> Tensor:
+        """See `Exchange.finish`."""
+        return _OPERATORS.receive(begun)
+
+
+class _Operators:
+    """`HeadSteps`, each an operator."""
+
+    def send(self, packed: Tensor, after: Sent | None) -> Sent:
+        before = None if after is None else after.received
+        return Sent(packed, torch.ops.xdit_sidecar.exchange_send(packed, before))
+
+    def attend(self, query: Sent, key: Sent, value: Sent) -> Tensor:
+        output: Tensor = torch.ops.xdit_sidecar.exchange_attend(*query, *key, *value)
+        return output
+
+    def receive(self, output: Tensor) -> Tensor:
+        received: Tensor = torch.ops.xdit_sidecar.exchange_receive(output)
+        return received
+
+
+_OPERATORS = _Operators()
 
 
 @contextmanager
@@ -58,21 +93,51 @@ def exchanging(exchange: Exchange) -> Iterator[Use]:
         _current.pop()
 
 
-def _attend(packed: Tensor) -> Tensor:
-    use, ways = _current[-1], packed.shape[0]
+def _send(packed: Tensor, before: Tensor | None) -> Tensor:
+    use = _current[-1]
+    if use.by_heads is None:
+        return torch.empty_like(packed)  # nothing travels yet, and nothing reads it
     use.count += 1
-    exchange = use.exchange
-    if isinstance(exchange, SequenceExchange) and exchange.by_heads:
-        return exchange.attend_packed(packed)
-    return pack_output(exchange.attend(*unpack(packed)), ways)
+    return use.by_heads.send(packed).received
 
 
-def _describe(packed: Tensor) -> Tensor:
-    ways, _, *rest = packed.shape
-    return packed.new_empty([ways, *rest])
+def _attend(*tensors: Tensor) -> Tensor:
+    use = _current[-1]
+    use.count += 1
+    query, key, value = (Sent(*tensors[at : at + 2]) for at in (0, 2, 4))
+    if use.by_heads is not None:
+        return use.by_heads.attend(query, key, value)
+    output = use.exchange.attend(*(unpack(sent.packed) for sent in (query, key, value)))
+    return pack(output, query.packed.shape[0])
 
 
-_library: Any = torch.library
-_library.define(_NAME, "(Tensor packed) -> Tensor")
-_library.impl(_NAME, "CompositeExplicitAutograd", _attend)
-_library.register_fake(_NAME, _describe)
+def _receive(output: Tensor) -> Tensor:
+    use = _current[-1]
+    return unpack_copy(output) if use.by_heads is None else use.by_heads.receive(output)
+
+
+def _describe_received(output: Tensor) -> Tensor:
+    ways, batch, count, heads, size = output.shape
+    return output.new_empty([batch, count, ways * heads, size])
+
+
+def _define(signature: str, run: Any, describe: Any) -> None:
+    library: Any = torch.library
+    name = "xdit_sidecar::" + signature.partition("(")[0]
+    library.define(name, signature[signature.index("(") :])
+    library.impl(name, "CompositeExplicitAutograd", run)
+    library.register_fake(name, describe)
+
+
+_SENT = "Tensor {0}_packed, Tensor {0}_received"
+_define(
+    "exchange_send(Tensor packed, Tensor? before) -> Tensor",
+    _send,
+    lambda packed, before: packed.new_empty(packed.shape),
+)
+_define(
+    f"exchange_attend({', '.join(_SENT.format(name) for name in ('q', 'k', 'v'))}) -> Tensor",
+    _attend,
+    lambda packed, *others: packed.new_empty(packed.shape),
+)
+_define("exchange_receive(Tensor output) -> Tensor", _receive, _describe_received)

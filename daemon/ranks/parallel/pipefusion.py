@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .attention import attend_locally
+from .attention import Exchange, attend_locally
 from .config import ConfigError
 from .contexts import ParallelContext
 from .kv_store import KvEntry, KvStore, Signature
@@ -36,7 +36,7 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class PatchExchange:
+class PatchExchange(Exchange):
     """Attention of one patch over all tokens, the others' keys and values being the kept ones."""
 
     entry: KvEntry

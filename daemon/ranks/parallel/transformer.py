@@ -19,6 +19,7 @@ from .attention import (
 from .config import ConfigError
 from .contexts import ParallelContext
 from .rotation import KeptRotations
+from .single_block import OverlappingSingleBlock
 from .splits import BatchSplit, TokenSplit
 
 
@@ -85,9 +86,9 @@ Compute = Callable[[FluxInputs, Exchange | None], Tensor]
 class ParallelFlux:
     """A diffusers ``FluxTransformer2DModel`` for any context.
 
-    The model is not copied and its parameters are not touched: only the attention processors are
-    replaced, by one that computes the same where no exchange is asked for, and the rotary
-    embedding, by one that remembers.
+    The model is not copied and its parameters are not touched: only the attention processors and
+    the order within single blocks are replaced, by what computes the same where no exchange is
+    asked for, and the rotary embedding, by one that remembers.
     """
 
     def __init__(self, model: Any) -> None:
@@ -98,6 +99,8 @@ class ParallelFlux:
         processor = FluxExchangeProcessor()
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.attn.set_processor(processor)
+        for block in model.single_transformer_blocks:
+            block.__class__ = OverlappingSingleBlock
 
     @property
     def heads(self) -> int:

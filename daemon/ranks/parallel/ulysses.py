@@ -1,59 +1,123 @@
 """Attention of which each rank computes some heads, over the tokens of all ranks.
 
-DeepSpeed-Ulysses (https://arxiv.org/abs/2309.14509) where every rank has as many tokens: what
-xfuser's USP does, with fewer passes over the tokens, and in a form whose ends compiled code can
-write and read by itself. B rows, S tokens of a rank, H heads of size D, P ranks; h = H / P.
+DeepSpeed-Ulysses (https://arxiv.org/abs/2309.14509) where every rank has as many tokens. Other than
+xfuser's USP it exchanges each tensor by itself, while the next one is computed, and in a form whose
+ends compiled code can write and read. B rows, S tokens of a rank, H heads of size D, P ranks;
+h = H / P. A tensor is *packed* as (P, B, S, h, D): by the rank that computes the heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Make = Callable[[], Tensor]
 
 
-def pack(query: Tensor, key: Tensor, value: Tensor, ways: int) -> Tensor:
-    """Three of (B, S, H, D) → (P, 3, B, S, h, D): by the rank that computes the heads."""
-    together = torch.stack([query, key, value])
-    three, batch, tokens, heads, size = together.shape
-    by_rank = together.view(three, batch, tokens, ways, heads // ways, size)
-    return by_rank.permute(3, 0, 1, 2, 4, 5).contiguous()
-
-
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`pack` was given."""
-    query, key, value = packed.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).unbind(0)
-    return query, key, value
-
-
-def pack_output(output: Tensor, ways: int) -> Tensor:
+def pack(tokens: Tensor, ways: int) -> Tensor:
     """(B, S, H, D) → (P, B, S, h, D)."""
-    batch, tokens, heads, size = output.shape
-    by_rank = output.reshape(batch, tokens, ways, heads // ways, size)
+    batch, count, heads, size = tokens.shape
+    by_rank = tokens.reshape(batch, count, ways, heads // ways, size)
     return by_rank.permute(2, 0, 1, 3, 4).contiguous()
 
 
-def unpack_output(packed: Tensor) -> Tensor:
+def unpack(packed: Tensor) -> Tensor:
     """(P, B, S, h, D) → (B, S, H, D)."""
     return packed.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def attend_by_heads(packed: Tensor, group: Any, attend: Attend) -> Tensor:
-    """What :func:`pack` gives → what :func:`unpack_output` takes, of the rank's own tokens.
+def unpack_copy(packed: Tensor) -> Tensor:
+    """What :func:`unpack` gives, in memory of its own."""
+    ways, batch, count, heads, size = packed.shape
+    tokens = packed.new_empty(batch, count, ways * heads, size)
+    tokens.view(batch, count, ways, heads, size).copy_(packed.permute(1, 2, 0, 3, 4))
+    return tokens
 
-    ``attend`` is given, and gives, (B, P·S, h, D). All ranks of ``group`` call it with the same
-    shapes. Raises RuntimeError if one stays away past the group's deadline.
+
+class Sent(NamedTuple):
+    """A query, key or value on its way: ``packed`` by the rank that has the tokens, and there."""
+
+    packed: Tensor  # as it was sent; it may still be read
+    received: Tensor  # (P, B, S, h, D), from each rank its tokens; it may not be complete yet
+
+
+class HeadSteps(Protocol):
+    """The exchanges of a block. All ranks make the same calls in the same order."""
+
+    def send(self, packed: Tensor, after: Sent | None) -> Sent:
+        """Send a packed query, key or value, ``after`` another one."""
+        ...
+
+    def attend(self, query: Sent, key: Sent, value: Sent) -> Tensor:
+        """Attend, and send the output to whose tokens it is of: packed, it may not be there yet."""
+        ...
+
+    def receive(self, output: Tensor) -> Tensor:
+        """(B, S, H, D) of what :meth:`attend` gave, of the rank's own tokens."""
+        ...
+
+
+def begin_by_heads(steps: HeadSteps, ways: int, query: Make, key: Make, value: Make) -> Tensor:
+    """What `HeadSteps.receive` takes, of what makes (B, S, H, D); each travels during the next.
+
+    The value goes first: nothing has to be computed of it once it is projected.
     """
-    ways, three, batch, tokens, heads, size = packed.shape
-    all_tokens = exchange_shares(packed, group).permute(1, 2, 0, 3, 4, 5)
-    query, key, value = all_tokens.reshape(three, batch, ways * tokens, heads, size).unbind(0)
-    output = attend(query, key, value).reshape(batch, ways, tokens, heads, size)
-    return exchange_shares(output.transpose(0, 1).contiguous(), group)
+    value_sent = steps.send(pack(value(), ways), None)
+    key_sent = steps.send(pack(key(), ways), value_sent)
+    query_sent = steps.send(pack(query(), ways), key_sent)
+    return steps.attend(query_sent, key_sent, value_sent)
+
+
+class HeadExchange:
+    """The `HeadSteps` of one forward over ``group``.
+
+    Raises RuntimeError if a rank stays away past the group's deadline.
+    """
+
+    def __init__(self, group: Any, attend: Attend) -> None:
+        """``attend`` is given, and gives, (B, P·S, h, D)."""
+        self._group = group
+        self._attend = attend
+        self._under_way: list[tuple[Any, Tensor]] = []
+
+    def send(self, packed: Tensor, after: Sent | None = None) -> Sent:
+        """See `HeadSteps.send`."""
+        return Sent(packed, self._send(packed))
+
+    def attend(self, query: Sent, key: Sent, value: Sent) -> Tensor:
+        """See `HeadSteps.attend`."""
+        self._wait()
+        ways, batch, count, heads, size = query.received.shape
+        tensors = (
+            sent.received.transpose(0, 1).reshape(batch, ways * count, heads, size)
+            for sent in (query, key, value)
+        )
+        output = self._attend(*tensors).reshape(batch, ways, count, heads, size)
+        return self._send(output.transpose(0, 1).contiguous())
+
+    def receive(self, output: Tensor) -> Tensor:
+        """See `HeadSteps.receive`.
+
+        In memory of its own: compiled code that reads what is packed is ten times as slow.
+        """
+        self._wait()
+        return unpack_copy(output)
+
+    def _send(self, packed: Tensor) -> Tensor:
+        received = torch.empty_like(packed)
+        work = dist.all_to_all_single(received, packed, group=self._group, async_op=True)
+        self._under_way.append((work, packed))
+        return received
+
+    def _wait(self) -> None:
+        for work, _ in self._under_way:
+            work.wait()
+        self._under_way.clear()
 
 
 def exchange_shares(shares: Tensor, group: Any) -> Tensor:
