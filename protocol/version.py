@@ -26,7 +26,7 @@ class ProtocolVersion(NamedTuple):
         return f"{self.major}.{self.minor}"
 
 
-PROTOCOL_VERSION = ProtocolVersion(1, 1)
+PROTOCOL_VERSION = ProtocolVersion(1, 2)
 
 
 class NotOurProtocol(ValueError):

@@ -89,11 +89,17 @@ def describe_status(
         for told in rank.transformers:
             reason = f" ({told.reason})" if told.reason else ""
             products = " with fp8 products" if told.fp8_matmul else ""
-            how = f"{told.compute}{products}: {told.state}{reason}"
+            how = f"{told.compute}{products}: {told.state}{reason}{_recorded(told)}"
             yield f"rank {rank.rank}: {told.label}, {how}"
     for session in sessions:
         for line in session.meaning:
             yield f"{session.session}: {line}"
+
+
+def _recorded(told: m.TransformerStatus) -> str:
+    if told.not_recorded:
+        return f", not recorded ({told.not_recorded})"
+    return f", {told.recorded} recorded" if told.recorded else ""
 
 
 def _devices(devices: list[m.DeviceStatus]) -> Table:

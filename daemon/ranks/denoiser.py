@@ -19,12 +19,13 @@ from ..models.memory import forward_bytes
 from .components import OpenComponent, OpenComponents
 from .dtypes import DTYPES
 from .flux.adapters import LoraStack, applied, from_file
-from .flux.compilation import Compilation
 from .flux.compiled_forward import CompiledForward, CompiledShares
 from .flux.fp8_products import own_bytes, use_fp8_products
 from .flux.latents import from_tokens, to_inputs
 from .flux.missing_guidance import allow_missing_guidance
 from .flux.model import build_flux
+from .flux.recording import CudaGraph
+from .flux.recordings import Recordings
 from .parallel.config import ParallelConfig
 from .parallel.contexts import ParallelContext
 from .parallel.kv_store import KvStore
@@ -118,6 +119,12 @@ class Denoiser:
         self._reservation = reservation
         self._contexts: dict[ParallelConfig, ParallelContext] = {}
         self._stacks: OrderedDict[tuple[object, ...], LoraStack] = OrderedDict()
+        self._recordings = Recordings(
+            group,
+            reservation,
+            CudaGraph if group.device.type == "cuda" else None,
+            exchanges=group.backend == "nccl",
+        )
 
     def config(self, options: DenoiserOptions) -> FluxConfig:
         """Of the job's transformer. Raises MissingComponent and UnsupportedModel."""
@@ -147,7 +154,8 @@ class Denoiser:
             compute_dtype=DTYPES[options.compute],
         )
         context = self._context(options, resident, inputs)
-        reserve = partial(self._reserve, resident, inputs, context.config)
+        nbytes = _activations(resident, inputs, context.config)
+        reserve = partial(self._reserve, inputs, nbytes)
         if context.config.pipefusion == 1:
             reserve(kept=0)
         with applied(resident.flux.model, stack):
@@ -162,7 +170,7 @@ class Denoiser:
                     reserve=reserve,
                 ).output
             elif self._compiles and stack is None:
-                tokens = self._compiled(resident, context.config).forward(context, inputs)
+                tokens = self._compiled(resident, context.config).forward(context, inputs, nbytes)
             else:
                 tokens = resident.flux.forward(context, inputs)
         return from_tokens(tokens, placement)
@@ -182,11 +190,13 @@ class Denoiser:
                 label=resident.label,
                 compute=resident.compute,
                 fp8_matmul=resident.fp8_matmul,
-                state=compilation.state,
-                reason=compilation.reason,
+                state=compiled.compilation.state,
+                reason=compiled.compilation.reason,
+                recorded=self._recordings.number(compiled.owner),
+                not_recorded=self._recordings.refusal,
             )
             for resident in self._components.built(_Resident)[: limits.TRANSFORMERS]
-            for compilation in _most_telling(resident.compiled.values())
+            for compiled in _most_telling(resident.compiled.values())
         ]
 
     @property
@@ -209,10 +219,12 @@ class Denoiser:
         for resident in self._components.built(_Resident):
             resident.pipefusion.forget_others(sessions)
             resident.flux.rotations.forget()
+        self._recordings.forget()
 
     def forget_regions(self) -> None:
         """Regions are about to be closed: hold nothing of them."""
         self._stacks.clear()
+        self._recordings.forget()
 
     def _resident(self, options: DenoiserOptions) -> _Resident:
         component = self._components.find(options.region, "transformer")
@@ -229,9 +241,13 @@ class Denoiser:
         ways = config.ulysses if config.sequence > 1 else 0
         if ways not in resident.compiled:
             resident.compiled[ways] = (
-                CompiledShares(resident.flux, ways=ways, refusal=self._refusal)
+                CompiledShares(
+                    resident.flux, ways=ways, refusal=self._refusal, recordings=self._recordings
+                )
                 if ways
-                else CompiledForward(resident.flux, refusal=self._refusal)
+                else CompiledForward(
+                    resident.flux, refusal=self._refusal, recordings=self._recordings
+                )
             )
         return resident.compiled[ways]
 
@@ -273,22 +289,24 @@ class Denoiser:
         self._stacks.move_to_end(key)
         return self._stacks[key]
 
-    def _reserve(
-        self, resident: _Resident, inputs: FluxInputs, degrees: ParallelConfig, kept: int
-    ) -> None:
+    def _reserve(self, inputs: FluxInputs, nbytes: int, kept: int) -> None:
         rows, image, _ = inputs.hidden_states.shape
-        text = inputs.encoder_hidden_states.shape[1]
-        nbytes = forward_bytes(
-            resident.config,
-            tokens_image=image,
-            tokens_text=text,
-            rows=rows,
-            degrees=degrees,
-            compute_item_bytes=inputs.hidden_states.element_size(),
-            cast_at_use=resident.casts,
-        )
-        what = f"{rows} x {image + text} tokens of a forward"
+        tokens = image + inputs.encoder_hidden_states.shape[1]
+        what = f"{rows} x {tokens} tokens of a forward"
         self._reservation.check(nbytes + kept, what, lasting=kept)
+
+
+def _activations(resident: _Resident, inputs: FluxInputs, degrees: ParallelConfig) -> int:
+    rows, image, _ = inputs.hidden_states.shape
+    return forward_bytes(
+        resident.config,
+        tokens_image=image,
+        tokens_text=inputs.encoder_hidden_states.shape[1],
+        rows=rows,
+        degrees=degrees,
+        compute_item_bytes=inputs.hidden_states.element_size(),
+        cast_at_use=resident.casts,
+    )
 
 
 def _is_neutral(names: Iterable[str]) -> bool:
@@ -296,8 +314,7 @@ def _is_neutral(names: Iterable[str]) -> bool:
     return all(name.endswith((".down", ".up", ".alpha")) for name in names)
 
 
-def _most_telling(compiled: Iterable[CompiledForward]) -> list[Compilation]:
-    """Of a transformer's compilations the one to tell about, if there is any."""
+def _most_telling(compiled: Iterable[CompiledForward]) -> list[CompiledForward]:
+    """Of the ways to run a transformer the one to tell about, if there is any."""
     order = ("refused", "compiling", "compiled", "eager")
-    told = sorted((each.compilation for each in compiled), key=lambda c: order.index(c.state))
-    return told[:1]
+    return sorted(compiled, key=lambda each: order.index(each.compilation.state))[:1]

@@ -26,6 +26,7 @@ class Reservation:
         self._group = group
         self._reserve = reserve
         self._neighbours = neighbours
+        self._withheld = 0  # bytes that torch holds and nobody else can have
         self._fitted = 0  # bytes that fitted since memory was given back; they are cached
         #: Called where room is short: frees what can be had again. The same on all ranks.
         self.give_up: Callable[[], None] = lambda: None
@@ -53,6 +54,14 @@ class Reservation:
             self._find(nbytes * self._neighbours, what, options)
             self._fitted = 0
 
+    def has_room(self, nbytes: int) -> bool:
+        """Whether as much can be had without freeing anything, on every rank; all of them ask."""
+        return self._missing(nbytes * self._neighbours) <= 0
+
+    def withhold(self, nbytes: int) -> None:
+        """Count bytes as taken that torch takes for free memory of its own, or (< 0) no longer."""
+        self._withheld += nbytes
+
     def trim(self) -> None:
         """Return cached device memory to the system."""
         self._fitted = 0
@@ -79,7 +88,8 @@ class Reservation:
         device = self._group.device
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return free + own - self._withheld
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):

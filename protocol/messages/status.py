@@ -66,6 +66,9 @@ class TransformerStatus(msgspec.Struct, frozen=True, kw_only=True):
     fp8_matmul: bool = False
     state: Literal["eager", "compiling", "compiled", "refused"]  # "compiling": or waits for it
     reason: Name | None = None  # why it is refused
+    # Kinds of forwards that the GPU repeats as one; since 1.2.
+    recorded: Count = 0
+    not_recorded: Name | None = None  # why none is any more
 
 
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,64 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import flux_files
 import lora_files
 import pytest
 import torch
-from flux_files import Flux
-from flux_inputs import comfy_inputs
+from ranks.compiled_scene import CONFIG, FLUX, Scene, inputs
 from torch import Tensor, fx
-from torch._dynamo.utils import counters
 from xdit_sidecar.daemon.ranks.flux.adapters import LoraStack, applied
-from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledForward, CompiledShares
-from xdit_sidecar.daemon.ranks.flux.latents import to_inputs
-from xdit_sidecar.daemon.ranks.flux.model import build_flux
+from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledShares
 from xdit_sidecar.daemon.ranks.parallel.attention import Exchange, LocalExchange
-from xdit_sidecar.daemon.ranks.parallel.transformer import FluxInputs, ParallelFlux
-from xdit_sidecar.daemon.ranks.parallel.xfuser_repairs import load_xfuser
 
 pytestmark = [
     pytest.mark.allow_leaks("torch's compiler keeps what it opened for the process"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch, in xfuser and its own
 ]
-
-FLUX = Flux(heads=4, double=2, single=2)
-WEIGHTS = flux_files.random_weights(FLUX)
-CONFIG = flux_files.detect({name: ("F32", tuple(t.shape)) for name, t in WEIGHTS.items()})
-
-
-class Scene:
-    """A tiny transformer, and what it computes."""
-
-    def __init__(self, backend: str | Callable[..., Any]) -> None:
-        load_xfuser(torch.device("cpu"))
-        # Code is kept by function, so another test's would be found.
-        torch.compiler.reset()
-        counters.clear()
-        self.flux = ParallelFlux(build_flux(CONFIG, dict(WEIGHTS), torch.float32).model)
-        self.forward = CompiledForward(self.flux, backend=backend)
-
-    @property
-    def graphs(self) -> int:
-        """How many pieces of code were made."""
-        return int(counters["stats"]["unique_graphs"])
-
-    @property
-    def state(self) -> str:
-        return self.forward.compilation.state
-
-    def compute(self, inputs: FluxInputs) -> Tensor:
-        return self.forward._compute(inputs, None)
-
-    def compile(self) -> None:
-        """Everything that waits for it."""
-        while self.forward.compilation.next_piece is not None:
-            self.forward.compile_piece()
-
-
-def inputs(height: int = 12, width: int = 10, text: int = 9, rows: int = 1) -> FluxInputs:
-    given = comfy_inputs(FLUX, height=height, width=width, text=text, batch=rows)
-    return to_inputs(CONFIG, **given, compute_dtype=torch.float32)[0]  # type: ignore[arg-type]
 
 
 def perturbing(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:

@@ -6,14 +6,19 @@ compared. Forwards with LoRA branches do not come here; they run eagerly.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import OutOfMemoryError, Tensor
 
-from ..parallel.attention import Exchange, LocalExchange
+from ..parallel.attention import Exchange, LocalExchange, SequenceExchange
+from ..parallel.config import ParallelConfig
 from ..parallel.contexts import ParallelContext
 from ..parallel.opaque_exchange import OpaqueExchange, exchanging
 from ..parallel.transformer import FluxInputs, ParallelFlux
 from .compilation import Compilation, Sizes
 from .compiled_blocks import Call, CannotJudge, CompiledBlocks, Disagreement, NeedsCode
+from .recording import kind_of
+from .recordings import Recordable, Recordings
 
 _LONGEST_REASON = 200
 
@@ -21,24 +26,33 @@ _LONGEST_REASON = 200
 class CompiledForward:
     """Around one transformer in one dtype, for ranks that have all tokens of their rows.
 
-    ``refusal`` says why it must not be compiled.
+    ``refusal`` says why it must not be compiled. What runs compiled is recorded, if there are
+    ``recordings``.
     """
 
     _alone: Exchange | None = None  # what blocks attend by while a rank tries them
 
     def __init__(
-        self, flux: ParallelFlux, *, refusal: str | None = None, backend: str | Call = "inductor"
+        self,
+        flux: ParallelFlux,
+        *,
+        refusal: str | None = None,
+        backend: str | Call = "inductor",
+        recordings: Recordings | None = None,
     ) -> None:
         self.compilation = Compilation()
+        self.owner = object()  # of its recordings, which must not keep the weights alive
+        self._recordings = recordings
         if refusal is not None:
             self.compilation.refuse(refusal)
         self._flux = flux
         self._blocks = CompiledBlocks(flux.model, backend)
         self._inputs: FluxInputs | None = None  # of a real forward, to compile with
 
-    def forward(self, context: ParallelContext, inputs: FluxInputs) -> Tensor:
-        """As :meth:`ParallelFlux.forward`."""
-        return self._flux.forward(context, inputs, self._compute)
+    def forward(self, context: ParallelContext, inputs: FluxInputs, nbytes: int = 0) -> Tensor:
+        """As :meth:`ParallelFlux.forward`. ``nbytes``: of activations, at most."""
+        serve = partial(self._serve, context.config, nbytes)
+        return self._flux.forward(context, inputs, serve)
 
     def compile_piece(self) -> None:
         """Compile one kind of block with the inputs of a forward that was, if that is wanted.
@@ -60,6 +74,36 @@ class CompiledForward:
         if self.compilation.next_piece is None:
             self._inputs = None
 
+    def _serve(
+        self, config: ParallelConfig, nbytes: int, rows: FluxInputs, exchange: Exchange | None
+    ) -> Tensor:
+        if self._recordings is None:
+            return self._compute(rows, exchange)
+        key = (self.owner, config, kind_of(rows))
+        if (output := self._recordings.replay(key, rows)) is not None:
+            return output
+        sizes = sizes_of(rows)
+        planned = self.compilation.choose(sizes)
+        output = self._compute(rows, exchange)
+        compiled = planned == "compiled" == self.compilation.choose(sizes)
+        offered = partial(self._recordable, rows, exchange, output, nbytes)
+        self._recordings.offer(key, offered if compiled else lambda: None)
+        return output
+
+    def _recordable(
+        self, rows: FluxInputs, exchange: Exchange | None, output: Tensor, nbytes: int
+    ) -> Recordable | None:
+        if exchange is not None:
+            by_heads = isinstance(exchange, SequenceExchange) and exchange.by_heads is not None
+            if self._recordings is None or not self._recordings.exchanges or not by_heads:
+                return None
+        compute = partial(self._run_compiled, exchange=exchange)
+        return Recordable(rows, output, compute, self._flux.rotations, nbytes)
+
+    def _run_compiled(self, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
+        with exchanging(exchange or LocalExchange()), self._blocks.compiled():
+            return self._flux.compute(rows, self._alone)
+
     def _compute(self, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
         sizes = sizes_of(rows)
         match self.compilation.choose(sizes):
@@ -79,8 +123,7 @@ class CompiledForward:
 
     def _try_compiled(self, sizes: Sizes, rows: FluxInputs) -> Tensor | None:
         try:
-            with self._blocks.compiled():
-                return self._flux.compute(rows, self._alone)
+            return self._run_compiled(rows, None)
         except OutOfMemoryError:
             raise
         except NeedsCode:
@@ -120,9 +163,10 @@ class CompiledShares(CompiledForward):
         ways: int,
         refusal: str | None = None,
         backend: str | Call = "inductor",
+        recordings: Recordings | None = None,
     ) -> None:
         """``ways``: the ulysses degree of the contexts that come."""
-        super().__init__(flux, refusal=refusal, backend=backend)
+        super().__init__(flux, refusal=refusal, backend=backend, recordings=recordings)
         self._alone = OpaqueExchange(ways)
 
     def _compute(self, rows: FluxInputs, exchange: Exchange | None) -> Tensor:

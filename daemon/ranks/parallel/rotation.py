@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,9 +26,12 @@ class KeptRotations(torch.nn.Module):
         self._embed = embed
         self._device = device
         self._kept: list[tuple[Tensor, Tables]] = []  # the last used first
+        self._fixed: Tables | None = None
 
     def forward(self, ids: Tensor) -> Tables:
         """The tables, (tokens, head size) each in fp32, for positions (tokens, 3)."""
+        if self._fixed is not None:
+            return self._fixed
         for number, (known, found) in enumerate(self._kept):
             if torch.equal(known, ids):
                 self._kept.insert(0, self._kept.pop(number))
@@ -36,6 +41,15 @@ class KeptRotations(torch.nn.Module):
         while len(self._kept) > _MOST or self.nbytes > _MOST_BYTES:
             self._kept.pop()
         return tables
+
+    @contextmanager
+    def fixed(self, tables: Tables) -> Iterator[None]:
+        """These are the tables meanwhile, whatever the positions."""
+        self._fixed = tables
+        try:
+            yield
+        finally:
+            self._fixed = None
 
     @property
     def nbytes(self) -> int:

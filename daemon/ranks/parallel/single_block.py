@@ -13,7 +13,7 @@ from .attention import LocalExchange, begin_attention
 _LARGEST_FP16 = 65504
 
 
-class OverlappingSingleBlock(FluxSingleTransformerBlock):  # type: ignore[misc]
+class OverlappingSingleBlock(FluxSingleTransformerBlock):
     """What diffusers' block computes, bit for bit, in an order that lets exchanges overlap.
 
     An existing block becomes one by its class; it has nothing more. Attention does not pass through

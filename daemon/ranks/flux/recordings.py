@@ -1,0 +1,139 @@
+"""Which forwards are recorded: those that come often, while there is room.
+
+Recording, and the first replay, are steps of all ranks of a group together. So every decision here
+follows from what all of them have seen, or is asked of all of them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..parallel.process_group import RankGroup
+from ..parallel.rotation import KeptRotations
+from ..parallel.transformer import FluxInputs
+from ..reservation import Reservation
+from .recording import Graph, RecordedForward
+
+#: Equal keys: the same owner, code, exchange and kind of inputs.
+Key = tuple[object, *tuple[Hashable, ...]]
+
+_MOST = 4  # recordings at a time
+_LONGEST_REASON = 200
+_MOST_COUNTED = 64  # kinds of forwards whose number is remembered
+
+
+@dataclass(frozen=True)
+class Recordable:
+    """A forward that may be recorded, as it just ran."""
+
+    inputs: FluxInputs
+    output: Tensor  # what it gave
+    compute: Callable[[FluxInputs], Tensor]
+    rotations: KeptRotations
+    nbytes: int  # of activations, at most
+
+
+class Recordings:
+    """Of all transformers of a rank."""
+
+    def __init__(
+        self,
+        group: RankGroup,
+        reservation: Reservation,
+        make_graph: Callable[[], Graph] | None,
+        *,
+        exchanges: bool,
+    ) -> None:
+        """``make_graph``: None where the device knows no graphs, and nothing is recorded.
+
+        ``exchanges``: whether what travels between ranks can be recorded, too.
+        """
+        self._group = group
+        self._reservation = reservation
+        self._make_graph = make_graph
+        self._kept: OrderedDict[Key, RecordedForward] = OrderedDict()
+        self._seen: OrderedDict[Key, int] = OrderedDict()
+        self.exchanges = exchanges
+        self.refusal: str | None = None  # why nothing is recorded any more
+
+    def replay(self, key: Key, inputs: FluxInputs) -> Tensor | None:
+        """The forward of these inputs, if those of this ``key`` are recorded."""
+        if key not in self._kept:
+            return None
+        self._kept.move_to_end(key)
+        return self._kept[key].replay(inputs)
+
+    def offer(self, key: Key, make: Callable[[], Recordable | None]) -> None:
+        """A forward ran without one: record it if it is time for that.
+
+        All ranks call it with the same keys. ``make`` gives None on a rank that is not ready; none
+        records then. A recording is kept if it gives, on every rank, what the forward gave.
+        """
+        if self._make_graph is None or self.refusal is not None or not self._is_due(key):
+            return
+        offered = make()
+        if self._group.most(offered is None) or offered is None:
+            return
+        if not self._reservation.has_room(2 * offered.nbytes):  # for others' forwards as well
+            return
+        self._make_room()
+        self._record(key, self._make_graph(), offered)
+
+    def forget(self) -> None:
+        """Free them all."""
+        while self._kept:
+            self._drop_oldest()
+
+    def number(self, owner: object) -> int:
+        """Of recordings that are somebody's."""
+        return sum(key[0] is owner for key in self._kept)
+
+    def _is_due(self, key: Key) -> bool:
+        """At the second time, and with twice the patience each time that it could not be."""
+        times = self._seen.pop(key, 0) + 1
+        self._seen[key] = times
+        while len(self._seen) > _MOST_COUNTED:
+            self._seen.popitem(last=False)
+        return times > 1 and times.bit_count() == 1
+
+    def _record(self, key: Key, graph: Graph, offered: Recordable) -> None:
+        recorded, reason = None, ""
+        self._reservation.trim()  # a graph has memory of its own, not what is cached
+        try:
+            recorded = RecordedForward(graph, offered.inputs, offered.rotations, offered.compute)
+        except torch.OutOfMemoryError:
+            pass  # another time
+        except Exception as error:  # noqa: BLE001  of CUDA, or of what is recorded
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if self._group.most(bool(reason)):
+            self._refuse(reason or "another rank could not record a forward")
+        elif not self._group.most(recorded is None) and recorded is not None:
+            output = recorded.replay(offered.inputs)
+            if self._group.most(not _same_bits(output, offered.output)):
+                self._refuse("a recorded forward gave something else than the forward itself")
+                return
+            self._reservation.withhold(recorded.nbytes)
+            self._kept[key] = recorded
+
+    def _refuse(self, reason: str) -> None:
+        self.refusal = reason[:_LONGEST_REASON]
+        self.forget()
+
+    def _make_room(self) -> None:
+        while len(self._kept) >= _MOST:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        _, recorded = self._kept.popitem(last=False)
+        self._reservation.withhold(-recorded.nbytes)
+        if self._group.device.type == "cuda":
+            torch.cuda.synchronize()  # it may still run
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

@@ -1,0 +1,72 @@
+"""A tiny transformer whose blocks are compiled by compilers that are quick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flux_files
+import torch
+from flux_files import Flux
+from flux_inputs import comfy_inputs
+from torch import Tensor
+from torch._dynamo.utils import counters
+from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledForward
+from xdit_sidecar.daemon.ranks.flux.latents import to_inputs
+from xdit_sidecar.daemon.ranks.flux.model import build_flux
+from xdit_sidecar.daemon.ranks.parallel.config import ParallelConfig
+from xdit_sidecar.daemon.ranks.parallel.transformer import FluxInputs, ParallelFlux
+from xdit_sidecar.daemon.ranks.parallel.xfuser_repairs import load_xfuser
+
+FLUX = Flux(heads=4, double=2, single=2)
+WEIGHTS = flux_files.random_weights(FLUX)
+CONFIG = flux_files.detect({name: ("F32", tuple(t.shape)) for name, t in WEIGHTS.items()})
+
+
+class Scene:
+    """The transformer, and what it computes."""
+
+    def __init__(
+        self, backend: str | Callable[..., Any], device: str = "cpu", **options: Any
+    ) -> None:
+        """``options``: of `CompiledForward`."""
+        load_xfuser(torch.device(device))
+        # Code is kept by function, so another test's would be found.
+        torch.compiler.reset()
+        counters.clear()
+        weights = {name: tensor.to(device) for name, tensor in WEIGHTS.items()}
+        self.flux = ParallelFlux(build_flux(CONFIG, weights, torch.float32).model)
+        self.forward = CompiledForward(self.flux, backend=backend, **options)
+
+    @property
+    def graphs(self) -> int:
+        """How many pieces of code were made."""
+        return int(counters["stats"]["unique_graphs"])
+
+    @property
+    def state(self) -> str:
+        return self.forward.compilation.state
+
+    @torch.no_grad()
+    def compute(self, inputs: FluxInputs) -> Tensor:
+        """As a group of one rank would."""
+        return self.forward._serve(ParallelConfig(), 0, inputs, None)
+
+    @torch.no_grad()
+    def compile(self) -> None:
+        """Everything that waits for it."""
+        while self.forward.compilation.next_piece is not None:
+            self.forward.compile_piece()
+
+
+def inputs(
+    height: int = 12,
+    width: int = 10,
+    text: int = 9,
+    rows: int = 1,
+    device: str = "cpu",
+    seed: int = 1,
+) -> FluxInputs:
+    given = comfy_inputs(FLUX, height=height, width=width, text=text, batch=rows, seed=seed)
+    on_device = {name: tensor.to(device) for name, tensor in given.items()}
+    return to_inputs(CONFIG, **on_device, compute_dtype=torch.float32)[0]  # type: ignore[arg-type]

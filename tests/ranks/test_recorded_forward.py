@@ -1,0 +1,259 @@
+"""What is recorded gives what the forward gives, is bounded, and is not used where it does not.
+
+On a GPU by CUDA graphs, elsewhere by graphs that call what they were given again.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from ranks.compiled_scene import Scene, inputs
+from torch import Tensor
+from xdit_sidecar.daemon.ranks.flux import recordings as module
+from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledForward
+from xdit_sidecar.daemon.ranks.flux.recording import CudaGraph, Graph
+from xdit_sidecar.daemon.ranks.flux.recordings import Recordings
+from xdit_sidecar.daemon.ranks.parallel.process_group import RankGroup
+from xdit_sidecar.daemon.ranks.reservation import Reservation
+
+pytestmark = [
+    pytest.mark.allow_leaks("torch's compiler keeps what it opened for the process"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch, in xfuser and its own
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class CalledAgain:
+    """A `Graph` for the CPU."""
+
+    nbytes = 1000
+
+    def record(self, work: Callable[[], Tensor]) -> Tensor:
+        self._work = work
+        self._result = torch.full_like(work(), torch.nan)
+        return self._result
+
+    def replay(self) -> None:
+        self._result.copy_(self._work())
+
+
+REAL = CudaGraph if DEVICE == "cuda" else CalledAgain
+
+
+@dataclass
+class Counted:
+    """Makes graphs, and remembers how many and how often they were used."""
+
+    made: int = 0
+    replays: int = 0
+    kind: Callable[[], Graph] = REAL
+    wrong: float = 0.0
+    failing: type[Exception] | None = None
+
+    def __call__(self) -> Graph:
+        self.made += 1
+        return _CountedGraph(self, self.kind())
+
+
+@dataclass
+class _CountedGraph:
+    graphs: Counted
+    graph: Graph
+    result: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def nbytes(self) -> int:
+        return self.graph.nbytes
+
+    def record(self, work: Callable[[], Tensor]) -> Tensor:
+        if self.graphs.failing is not None:
+            raise self.graphs.failing("no graph here\nand more")
+        self.result = self.graph.record(work)
+        return self.result
+
+    def replay(self) -> None:
+        self.graphs.replays += 1
+        self.graph.replay()
+        if self.graphs.wrong:
+            self.result.add_(self.graphs.wrong)
+
+
+class Group(RankGroup):
+    """One rank, which is told what another one says."""
+
+    answers: list[int]
+
+    def most(self, number: int) -> int:
+        return max(number, self.answers.pop(0)) if self.answers else number
+
+
+class RecordingScene(Scene):
+    """A compiled transformer with recordings."""
+
+    def __init__(self, graphs: Counted, reserve: int = 0) -> None:
+        self.group = Group(0, 1, torch.device(DEVICE), "gloo", 10.0)
+        self.group.__dict__["answers"] = []
+        self.reservation = Reservation(self.group, reserve=reserve, neighbours=1)
+        self.graphs_of = graphs
+        self.recordings = Recordings(self.group, self.reservation, graphs, exchanges=False)
+        super().__init__("eager", DEVICE, recordings=self.recordings)
+        self.compute(given())
+        self.compile()
+        assert self.state == "compiled"
+
+    def expect(self, *arguments: int, seed: int = 1) -> None:
+        """A forward gives what the transformer gives eagerly."""
+        asked = given(*arguments, seed=seed)
+        with torch.no_grad():
+            assert torch.equal(self.compute(asked), self.flux.compute(asked))
+
+    @property
+    def number(self) -> int:
+        return self.recordings.number(self.forward.owner)
+
+
+def given(*arguments: int, seed: int = 1):  # type: ignore[no-untyped-def]
+    return inputs(*arguments, device=DEVICE, seed=seed)
+
+
+def test_the_second_forward_of_a_kind_is_recorded() -> None:
+    graphs = Counted()
+    scene = RecordingScene(graphs)
+    assert scene.number == 0
+    scene.expect()  # the second: the first one was before there was code
+    assert (scene.number, graphs.made, graphs.replays) == (1, 1, 1)  # compared once
+    for seed in range(3):
+        scene.expect(seed=seed)
+    assert (graphs.made, graphs.replays) == (1, 4)
+    # As many tokens, placed otherwise: the same recording, told of other positions.
+    scene.expect(10, 12)
+    assert (graphs.made, graphs.replays) == (1, 5)
+
+
+def test_what_was_compared_is_not_recorded() -> None:
+    graphs = Counted()
+    scene = RecordingScene(graphs)
+    scene.expect(16, 12, 7)  # compared with eager blocks
+    assert graphs.made == 0
+    scene.expect(16, 12, 7)
+    assert (graphs.made, scene.number) == (1, 1)
+
+
+def test_kinds_are_told_apart() -> None:
+    graphs = Counted()
+    scene = RecordingScene(graphs)
+    scene.expect()
+    without = replace(given(), timestep=torch.tensor([0.5], device=DEVICE))
+    with torch.no_grad():
+        assert torch.equal(scene.compute(without), scene.flux.compute(without))
+    assert graphs.replays == 2  # another value, the same kind
+    for text in (5, 6, 5, 6, 5, 6):
+        scene.expect(12, 10, text)
+    assert scene.number == 3
+
+
+def test_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST", 2)
+    graphs = Counted()
+    scene = RecordingScene(graphs)
+    for text in (4, 5, 6):
+        for _ in range(2):
+            scene.expect(12, 10, text)
+    assert (graphs.made, scene.number) == (3, 2)
+    before = graphs.replays
+    scene.expect(12, 10, 5)
+    assert graphs.replays == before + 1
+    scene.expect(12, 10, 4)  # the third time: not yet again
+    assert (graphs.made, graphs.replays) == (3, before + 1)
+    scene.expect(12, 10, 4)
+    assert (graphs.made, scene.number) == (4, 2)
+    # What a recording holds is taken from the memory that there is, until it is gone.
+    held = [recorded.nbytes for recorded in scene.recordings._kept.values()]
+    assert scene.reservation._withheld == sum(held)
+    scene.recordings.forget()
+    assert (scene.number, scene.reservation._withheld) == (0, 0)
+    scene.expect()
+
+
+def test_wrong_recordings_are_refused() -> None:
+    scene = RecordingScene(Counted(wrong=1e-3))
+    for _ in range(5):
+        scene.expect()
+    assert scene.number == 0
+    assert "something else" in str(scene.recordings.refusal)
+    assert scene.graphs_of.made == 1
+
+
+def test_a_device_that_cannot_is_not_asked_again() -> None:
+    scene = RecordingScene(Counted(failing=RuntimeError))
+    for _ in range(5):
+        scene.expect()
+    assert (scene.number, scene.graphs_of.made) == (0, 1)
+    assert scene.recordings.refusal == "RuntimeError: no graph here"
+
+
+def test_want_of_memory_is_no_reason_for_ever() -> None:
+    graphs = Counted(failing=torch.OutOfMemoryError)
+    scene = RecordingScene(graphs)
+    scene.expect()
+    assert (scene.number, scene.recordings.refusal) == (0, None)
+    graphs.failing = None
+    for _ in range(2):  # the third, and the fourth time
+        scene.expect()
+    assert scene.number == 1
+
+
+def test_without_room_nothing_is_recorded() -> None:
+    scene = RecordingScene(Counted(), reserve=1 << 60)
+    for _ in range(5):
+        scene.expect()
+    assert (scene.number, scene.graphs_of.made, scene.recordings.refusal) == (0, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("answers", "made", "refused"),
+    [
+        ([1], 0, False),  # not ready
+        ([0, 1], 0, False),  # no room
+        ([0, 0, 1], 1, True),  # could not record
+        ([0, 0, 0, 1], 1, False),  # ran out of memory
+        ([0, 0, 0, 0, 1], 1, True),  # has another output
+    ],
+)
+def test_one_rank_speaks_for_all(answers: list[int], made: int, refused: bool) -> None:
+    scene = RecordingScene(Counted())
+    scene.group.answers[:] = answers
+    scene.expect()
+    assert not scene.group.answers
+    assert (scene.number, scene.graphs_of.made) == (0, made)
+    assert (scene.recordings.refusal is not None) == refused
+
+
+def test_recordings_keep_no_weights_alive() -> None:
+    scene = RecordingScene(Counted())
+    scene.expect()
+    recordings, model = scene.recordings, weakref.ref(scene.flux.model)
+    if DEVICE == "cpu":  # its graph calls the model
+        recordings.forget()
+    del scene
+    torch.compiler.reset()
+    gc.collect()
+    assert model() is None
+
+
+def test_without_graphs_every_forward_is_computed() -> None:
+    group = RankGroup(0, 1, torch.device(DEVICE), "gloo", 10.0)
+    reservation = Reservation(group, reserve=0, neighbours=1)
+    scene = RecordingScene(Counted())
+    none = Recordings(group, reservation, None, exchanges=False)
+    scene.forward = CompiledForward(scene.flux, backend="eager", recordings=none)
+    scene.compute(given())
+    scene.compile()
+    for _ in range(3):
+        scene.expect()
+    assert none.number(scene.forward.owner) == 0
