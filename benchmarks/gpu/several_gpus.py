@@ -56,6 +56,7 @@ MODES: tuple[m.Compile, ...] = ("off", "auto")
 FORWARDS = [(128, 128, 512), (125, 121, 509)]
 # Two bf16 forwards that round at different places: 0.0176 was measured with random weights.
 SAME = 0.03
+REPEATED = 5  # forwards; a recording is made at the second or fourth
 STEPS = 28
 PICTURES = (1024, 2048)  # pixels of a side
 DECODED = (2048, 4096)
@@ -106,6 +107,21 @@ class Comparison:
                     output = remote.run(job, call)["output"]
                     found = difference(output, self.forwards[key])
                     self.bench.add(f"against one GPU: {name}", found, "", SAME)
+
+    def recorded(self, world: int, client: Client, remote: RemoteRanks) -> None:
+        """What ranks repeat as one, by the way to share that they choose."""
+        rows, columns, text = FORWARDS[0]
+        call = make_call(rows, columns, text)
+        for _ in range(REPEATED):
+            output = remote.run(forward_job(), call)["output"]
+        told = [t for rank in client.status().ranks for t in rank.transformers]
+        for one in told:
+            print(f"{one.label}: {one.state}, {one.recorded} recorded", one.not_recorded or "")
+        name = f"{world} GPU(s): transformers without recorded forwards"
+        self.bench.add(name, sum(not one.recorded for one in told), "", 0)
+        if (0, 1) in self.forwards:
+            found = difference(output, self.forwards[0, 1])
+            self.bench.add(f"{world} GPU(s): recorded against one GPU, eager", found, "", SAME)
 
     def pictures(self, world: int, mode: str, remote: RemoteRanks) -> None:
         """28 steps at each size, from token ids to the latent."""
@@ -246,6 +262,7 @@ def main() -> int:
             remote.run(job, make_tokens())
             wait_until_compiled(client, 60.0)
         comparison.pictures(world, mode, remote)
+        comparison.recorded(world, client, remote)
 
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         for world, mode in itertools.product(worlds, modes):
