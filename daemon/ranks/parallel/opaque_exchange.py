@@ -5,16 +5,17 @@ run checked all by itself, with a `LocalExchange` in the place of the real one. 
 packed for Ulysses, so that compiled code writes them in that order at once; where the exchange is
 by heads, each travels while the next is computed.
 
-A compiler is free to change the order of operators that need nothing of each other, and to write
-over what nobody reads any more. So each is given what was sent before it, and what may still be on
-its way.
+A compiler is free to change the order of operators that need nothing of each other, to compute
+something once for each that reads it, and to write over what nobody reads any more. So each is
+given what was sent before it, and what may still be on its way; and sending is said to change what
+it sends, which is not true, but leaves the sender's memory the only one that may be given on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,16 +27,28 @@ from .ulysses import HeadExchange, Make, Sent, begin_by_heads, pack, unpack, unp
 
 @dataclass
 class Use:
-    """Of an exchange: how often it was asked so far."""
+    """Of an exchange: how often it was asked so far, and where what is on its way comes from."""
 
     exchange: Exchange
     count: int = 0
+    _sources: dict[int, int] = field(default_factory=dict)  # addresses, by those of what comes
 
     @property
     def by_heads(self) -> HeadExchange | None:
         """What does it step by step, if that is how it is done."""
         exchange = self.exchange
         return exchange.by_heads if isinstance(exchange, SequenceExchange) else None
+
+    def note(self, packed: Tensor, received: Tensor) -> Tensor:
+        """Remember that one is being sent to the other, and return that."""
+        self._sources[received.data_ptr()] = packed.data_ptr()
+        return received
+
+    def check(self, sent: Sent) -> Sent:
+        """Raise RuntimeError if what is sent may have been given up before it had arrived."""
+        if self._sources.pop(sent.received.data_ptr(), None) != sent.packed.data_ptr():
+            raise RuntimeError("compiled code gave up what it sends before it has arrived")
+        return sent
 
 
 _current = [Use(LocalExchange())]  # the last one; ranks compute in one thread
@@ -96,15 +109,15 @@ def exchanging(exchange: Exchange) -> Iterator[Use]:
 def _send(packed: Tensor, before: Tensor | None) -> Tensor:
     use = _current[-1]
     if use.by_heads is None:
-        return torch.empty_like(packed)  # nothing travels yet, and nothing reads it
+        return use.note(packed, torch.empty_like(packed))  # nothing travels, and nothing reads it
     use.count += 1
-    return use.by_heads.send(packed).received
+    return use.note(*use.by_heads.send(packed))
 
 
 def _attend(*tensors: Tensor) -> Tensor:
     use = _current[-1]
     use.count += 1
-    query, key, value = (Sent(*tensors[at : at + 2]) for at in (0, 2, 4))
+    query, key, value = (use.check(Sent(*tensors[at : at + 2])) for at in (0, 2, 4))
     if use.by_heads is not None:
         return use.by_heads.attend(query, key, value)
     output = use.exchange.attend(*(unpack(sent.packed) for sent in (query, key, value)))
@@ -131,7 +144,7 @@ def _define(signature: str, run: Any, describe: Any) -> None:
 
 _SENT = "Tensor {0}_packed, Tensor {0}_received"
 _define(
-    "exchange_send(Tensor packed, Tensor? before) -> Tensor",
+    "exchange_send(Tensor(a!) packed, Tensor? before) -> Tensor",
     _send,
     lambda packed, before: packed.new_empty(packed.shape),
 )
