@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,12 +24,18 @@ class Exchange:
         """Attention of ``query`` over everything; all (batch, own tokens, heads, head size)."""
         raise NotImplementedError
 
-    def begin(self, query: Make, key: Make, value: Make) -> Tensor:
-        """Attention as soon as each tensor is made; nothing but :meth:`finish` may look at it."""
+    def begin(self, query: Make, key: Make, value: Make, of: Sequence[Tensor]) -> Tensor:
+        """Attention as soon as each tensor is made; nothing but :meth:`finish` may look at it.
+
+        ``of``: what they are made of, one or two tensors.
+        """
         return self.attend(query(), key(), value())
 
-    def finish(self, begun: Tensor) -> Tensor:
-        """What :meth:`attend` gives, of what :meth:`begin` gave."""
+    def finish(self, begun: Tensor, after: Tensor | None = None) -> Tensor:
+        """What :meth:`attend` gives, of what :meth:`begin` gave.
+
+        ``after``: what is to be computed while it is under way.
+        """
         return begun
 
 
@@ -92,20 +98,20 @@ class SequenceExchange(Exchange):
             return None
         return HeadExchange(sequence_groups().ULYSSES_PG, LocalExchange().attend)
 
-    def begin(self, query: Make, key: Make, value: Make) -> Tensor:
+    def begin(self, query: Make, key: Make, value: Make, of: Sequence[Tensor]) -> Tensor:
         """See `Exchange.begin`."""
         if self.by_heads is None:
-            return super().begin(query, key, value)
-        return begin_by_heads(self.by_heads, self.image.ways, query, key, value)
+            return super().begin(query, key, value, of)
+        return begin_by_heads(self.by_heads, self.image.ways, query, key, value, of)
 
-    def finish(self, begun: Tensor) -> Tensor:
+    def finish(self, begun: Tensor, after: Tensor | None = None) -> Tensor:
         """See `Exchange.finish`."""
         return begun if self.by_heads is None else self.by_heads.receive(begun)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `Exchange.attend`."""
         if self.by_heads is not None:
-            return self.finish(self.begin(lambda: query, lambda: key, lambda: value))
+            return self.finish(self.begin(lambda: query, lambda: key, lambda: value, (query,)))
         return self._attend_by_usp(query, key, value)
 
     def _attend_by_usp(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -204,9 +210,11 @@ def begin_attention(
             lambda: project(attn.to_q, None, attn.norm_q),
             lambda: project(attn.to_k, None, attn.norm_k),
             lambda: project(attn.to_v, None),
+            (image,),
         )
     return exchange.begin(
         lambda: project(attn.to_q, attn.add_q_proj, attn.norm_q, attn.norm_added_q),
         lambda: project(attn.to_k, attn.add_k_proj, attn.norm_k, attn.norm_added_k),
         lambda: project(attn.to_v, attn.add_v_proj),
+        (image, text),
     )

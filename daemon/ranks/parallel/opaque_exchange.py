@@ -6,14 +6,18 @@ packed for Ulysses, so that compiled code writes them in that order at once; whe
 by heads, each travels while the next is computed.
 
 A compiler is free to change the order of operators that need nothing of each other, to compute
-something once for each that reads it, and to write over what nobody reads any more. So each is
-given what was sent before it, and what may still be on its way; and sending is said to change what
-it sends, which is not true, but leaves the sender's memory the only one that may be given on.
+something once for each that reads it, and to write over what nobody reads any more. So
+
+- each is given what was sent before it: ranks must send in the same order,
+- attention is given what may still be on its way, and sending is said to change what it sends: the
+  sender's memory is then the only one that can be given on,
+- sending is said to change what the next is computed of, too: it is then sent before that. Nothing
+  is changed in truth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,30 +69,32 @@ class OpaqueExchange(Exchange):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `Exchange.attend`."""
-        return self.finish(self.begin(lambda: query, lambda: key, lambda: value))
+        return self.finish(self.begin(lambda: query, lambda: key, lambda: value, (query,)))
 
-    def begin(self, query: Make, key: Make, value: Make) -> Tensor:
+    def begin(self, query: Make, key: Make, value: Make, of: Sequence[Tensor]) -> Tensor:
         """See `Exchange.begin`."""
-        return begin_by_heads(_OPERATORS, self.ways, query, key, value)
+        return begin_by_heads(_OPERATORS, self.ways, query, key, value, of)
 
-    def finish(self, begun: Tensor) -> Tensor:
+    def finish(self, begun: Tensor, after: Tensor | None = None) -> Tensor:
         """See `Exchange.finish`."""
-        return _OPERATORS.receive(begun)
+        return _OPERATORS.receive(begun, after)
 
 
 class _Operators:
     """`HeadSteps`, each an operator."""
 
-    def send(self, packed: Tensor, after: Sent | None) -> Sent:
-        before = None if after is None else after.received
-        return Sent(packed, torch.ops.xdit_sidecar.exchange_send(packed, before))
+    def send(self, packed: Tensor, after: Sent | None, before: Sequence[Tensor]) -> Sent:
+        sent = None if after is None else after.received
+        first, *second = before
+        received = torch.ops.xdit_sidecar.exchange_send(packed, sent, first, *second)
+        return Sent(packed, received)
 
     def attend(self, query: Sent, key: Sent, value: Sent) -> Tensor:
         output: Tensor = torch.ops.xdit_sidecar.exchange_attend(*query, *key, *value)
         return output
 
-    def receive(self, output: Tensor) -> Tensor:
-        received: Tensor = torch.ops.xdit_sidecar.exchange_receive(output)
+    def receive(self, output: Tensor, after: Tensor | None) -> Tensor:
+        received: Tensor = torch.ops.xdit_sidecar.exchange_receive(output, after)
         return received
 
 
@@ -106,7 +112,7 @@ def exchanging(exchange: Exchange) -> Iterator[Use]:
         _current.pop()
 
 
-def _send(packed: Tensor, before: Tensor | None) -> Tensor:
+def _send(packed: Tensor, *order: Tensor | None) -> Tensor:
     use = _current[-1]
     if use.by_heads is None:
         return use.note(packed, torch.empty_like(packed))  # nothing travels, and nothing reads it
@@ -124,12 +130,12 @@ def _attend(*tensors: Tensor) -> Tensor:
     return pack(output, query.packed.shape[0])
 
 
-def _receive(output: Tensor) -> Tensor:
+def _receive(output: Tensor, after: Tensor | None) -> Tensor:
     use = _current[-1]
     return unpack_copy(output) if use.by_heads is None else use.by_heads.receive(output)
 
 
-def _describe_received(output: Tensor) -> Tensor:
+def _describe_received(output: Tensor, after: Tensor | None) -> Tensor:
     ways, batch, count, heads, size = output.shape
     return output.new_empty([batch, count, ways * heads, size])
 
@@ -144,13 +150,13 @@ def _define(signature: str, run: Any, describe: Any) -> None:
 
 _SENT = "Tensor {0}_packed, Tensor {0}_received"
 _define(
-    "exchange_send(Tensor(a!) packed, Tensor? before) -> Tensor",
+    "exchange_send(Tensor(a!) packed, Tensor? sent, Tensor(b!) next, Tensor(c!)? other=None) -> Tensor",
     _send,
-    lambda packed, before: packed.new_empty(packed.shape),
+    lambda packed, *order: packed.new_empty(packed.shape),
 )
 _define(
     f"exchange_attend({', '.join(_SENT.format(name) for name in ('q', 'k', 'v'))}) -> Tensor",
     _attend,
     lambda packed, *others: packed.new_empty(packed.shape),
 )
-_define("exchange_receive(Tensor output) -> Tensor", _receive, _describe_received)
+_define("exchange_receive(Tensor output, Tensor? after) -> Tensor", _receive, _describe_received)

@@ -19,6 +19,8 @@ from torch.distributed import distributed_c10d as c10d
 # Both libraries make connections of their own. The ranks of a group share a host, so the loopback
 # interface is enough, and nobody else can reach it.
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+# What travels is waited for, what is computed meanwhile is not.
+_PROMPT = {"TORCH_NCCL_HIGH_PRIORITY": "1"}
 # Names of the globals of xfuser's parallel_state that hold the groups of one config.
 CONTEXT_GROUPS = ("_TP", "_SP", "_PP", "_CFG", "_DP", "_FS", "_DIT", "_VAE", "_MODEL_REPLICA")
 # The groups of one rank alone, by rank and backend.
@@ -69,7 +71,7 @@ def join(
     if backend not in ("gloo", "nccl"):
         raise RendezvousError(f"backend {backend!r}: gloo and nccl are supported")
     _check_private(meeting_file.parent)
-    os.environ.update(_LOOPBACK)
+    os.environ.update(_LOOPBACK | _PROMPT)
     if device.type == "cuda":
         # Communicators bind to the current device, so it is set before there are any.
         torch.cuda.set_device(device)

@@ -33,9 +33,9 @@ class OverlappingSingleBlock(FluxSingleTransformerBlock):
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         normed, gate = self.norm(tokens, emb=temb)
         begun = begin_attention(self.attn, normed, None, image_rotary_emb, exchange)
-        mlp = self.act_mlp(self.proj_mlp(normed))
-        attention = exchange.finish(begun).flatten(2, 3).to(normed.dtype)
-        change = self.proj_out(torch.cat([attention, mlp], dim=2))
+        mlp = self.proj_mlp(normed)
+        attention = exchange.finish(begun, after=mlp).flatten(2, 3).to(normed.dtype)
+        change = self.proj_out(torch.cat([attention, self.act_mlp(mlp)], dim=2))
         tokens = tokens + gate.unsqueeze(1) * change
         if tokens.dtype == torch.float16:
             tokens = tokens.clip(-_LARGEST_FP16, _LARGEST_FP16)

@@ -8,7 +8,7 @@ h = H / P. A tensor is *packed* as (P, B, S, h, D): by the rank that computes th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -49,27 +49,35 @@ class Sent(NamedTuple):
 class HeadSteps(Protocol):
     """The exchanges of a block. All ranks make the same calls in the same order."""
 
-    def send(self, packed: Tensor, after: Sent | None) -> Sent:
-        """Send a packed query, key or value, ``after`` another one."""
+    def send(self, packed: Tensor, after: Sent | None, before: Sequence[Tensor]) -> Sent:
+        """Send a packed query, key or value, ``after`` another one.
+
+        And ``before`` anything else is computed of these: one or two tensors.
+        """
         ...
 
     def attend(self, query: Sent, key: Sent, value: Sent) -> Tensor:
         """Attend, and send the output to whose tokens it is of: packed, it may not be there yet."""
         ...
 
-    def receive(self, output: Tensor) -> Tensor:
-        """(B, S, H, D) of what :meth:`attend` gave, of the rank's own tokens."""
+    def receive(self, output: Tensor, after: Tensor | None) -> Tensor:
+        """(B, S, H, D) of what :meth:`attend` gave, of the rank's own tokens.
+
+        Waited for ``after`` that is computed.
+        """
         ...
 
 
-def begin_by_heads(steps: HeadSteps, ways: int, query: Make, key: Make, value: Make) -> Tensor:
+def begin_by_heads(
+    steps: HeadSteps, ways: int, query: Make, key: Make, value: Make, of: Sequence[Tensor]
+) -> Tensor:
     """What `HeadSteps.receive` takes, of what makes (B, S, H, D); each travels during the next.
 
-    The value goes first: nothing has to be computed of it once it is projected.
+    ``of``: what they are made of. The value goes first: once it is projected it is ready.
     """
-    value_sent = steps.send(pack(value(), ways), None)
-    key_sent = steps.send(pack(key(), ways), value_sent)
-    query_sent = steps.send(pack(query(), ways), key_sent)
+    value_sent = steps.send(pack(value(), ways), None, of)
+    key_sent = steps.send(pack(key(), ways), value_sent, of)
+    query_sent = steps.send(pack(query(), ways), key_sent, of)
     return steps.attend(query_sent, key_sent, value_sent)
 
 
@@ -85,7 +93,9 @@ class HeadExchange:
         self._attend = attend
         self._under_way: list[tuple[Any, Tensor]] = []
 
-    def send(self, packed: Tensor, after: Sent | None = None) -> Sent:
+    def send(
+        self, packed: Tensor, after: Sent | None = None, before: Sequence[Tensor] = ()
+    ) -> Sent:
         """See `HeadSteps.send`."""
         return Sent(packed, self._send(packed))
 
@@ -100,7 +110,7 @@ class HeadExchange:
         output = self._attend(*tensors).reshape(batch, ways, count, heads, size)
         return self._send(output.transpose(0, 1).contiguous())
 
-    def receive(self, output: Tensor) -> Tensor:
+    def receive(self, output: Tensor, after: Tensor | None = None) -> Tensor:
         """See `HeadSteps.receive`.
 
         In memory of its own: compiled code that reads what is packed is ten times as slow.
