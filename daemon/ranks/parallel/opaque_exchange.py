@@ -150,7 +150,8 @@ def _define(signature: str, run: Any, describe: Any) -> None:
 
 _SENT = "Tensor {0}_packed, Tensor {0}_received"
 _define(
-    "exchange_send(Tensor(a!) packed, Tensor? sent, Tensor(b!) next, Tensor(c!)? other=None) -> Tensor",
+    "exchange_send(Tensor(a!) packed, Tensor? sent, Tensor(b!) next, Tensor(c!)? other=None)"
+    " -> Tensor",
     _send,
     lambda packed, *order: packed.new_empty(packed.shape),
 )

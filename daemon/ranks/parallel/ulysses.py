@@ -35,7 +35,10 @@ def unpack_copy(packed: Tensor) -> Tensor:
     """What :func:`unpack` gives, in memory of its own."""
     ways, batch, count, heads, size = packed.shape
     tokens = packed.new_empty(batch, count, ways * heads, size)
-    tokens.view(batch, count, ways, heads, size).copy_(packed.permute(1, 2, 0, 3, 4))
+    target = tokens.view(batch, count, ways, heads, size)
+    if size * packed.element_size() % 8 == 0:  # fewer and longer pieces, which a GPU copies faster
+        packed, target = packed.view(torch.int64), target.view(torch.int64)
+    target.copy_(packed.permute(1, 2, 0, 3, 4))
     return tokens
 
 
