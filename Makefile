@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 VENV := .venv/bin/python
 PYTEST_ARGS ?=
+# Two cores have time for three: every fourth second a test waits for something.
+WORKERS ?= 3
 TYPED := $(foreach p,protocol daemon comfy_client_node,$(if $(wildcard $(p)/__init__.py),-p xdit_sidecar.$(p)))
 
 unexport PYTHONPATH
@@ -44,7 +46,7 @@ tools:
 	@$(PYTHON) tools/setup_env.py --tools
 
 test: tools ## every behaviour once, in parallel
-	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 # Not in `test`: tracing takes half as much time again.
 coverage: tools ## the same, and which lines of the package it ran

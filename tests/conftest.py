@@ -129,10 +129,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA driver answers"))
 
 
+def pytest_collection() -> None:
+    # What the tests import stays to the end; each look for garbage goes through all of it.
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    # What the tests import stays to the end; each collection would look through all of it.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -56,8 +56,8 @@ LORA_DORA = "tiny-dora.safetensors"
 LORA_TEXT = "tiny-lora-text.safetensors"  # for the transformer and both text encoders
 CHECKPOINT = "tiny-checkpoint.safetensors"  # all four parts, the same weights
 CHECKPOINT_OTHER = "tiny-checkpoint-other.safetensors"  # the same sizes, other weights
-PICTURE = "tiny-picture.png"  # 256 × 256, in the input folder
-PICTURE_OTHER = "tiny-picture-other.png"  # 192 × 256
+PICTURE = "tiny-picture.png"  # 128 × 128, in the input folder
+PICTURE_OTHER = "tiny-picture-other.png"  # 96 × 128
 PICTURE_ODD = "tiny-picture-odd.png"  # 208 × 144: 13 × 9 tokens
 
 Files = dict[str, dict[str, torch.Tensor]]
@@ -96,8 +96,8 @@ def _write(base: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
     (base / "input").mkdir()
-    _picture(0, 256, 256).save(base / "input" / PICTURE)
-    _picture(1, 192, 256).save(base / "input" / PICTURE_OTHER)
+    _picture(0, 128, 128).save(base / "input" / PICTURE)
+    _picture(1, 96, 128).save(base / "input" / PICTURE_OTHER)
     _picture(2, 208, 144).save(base / "input" / PICTURE_ODD)
 
 

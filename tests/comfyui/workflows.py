@@ -70,8 +70,8 @@ class Settings:
     sampler: str = "euler"
     scheduler: str = "simple"
     denoise: float = 1.0
-    width: int = 256
-    height: int = 256
+    width: int = 128
+    height: int = 128
     batch: int = 1
     loras: Sequence[Lora] = ()
 

@@ -22,12 +22,28 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+def keep_code(below: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where daemons keep compiled code from now on."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch may have set it here
+    monkeypatch.setenv("XDG_CACHE_HOME", str(below))
+    return below / "xdit-sidecar" / "torchinductor"
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the daemon keeps compiled code."""
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch may have set it here
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "xdit-sidecar" / "torchinductor"
+    """Code of a test of its own."""
+    return keep_code(tmp_path / "cache", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def one_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compiling") / "cache"
+
+
+@pytest.fixture
+def common_cache(one_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Code of those who compile to the end: what both need, C++ is compiled for by the first."""
+    return keep_code(one_cache, monkeypatch)
 
 
 def told(status: m.Status) -> list[m.TransformerStatus]:
@@ -46,7 +62,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @needs_compiler
 @pytest.mark.timeout(600)
-def test_ranks_compile_while_they_are_idle(tmp_path: Path, cache: Path) -> None:
+def test_ranks_compile_while_they_are_idle(tmp_path: Path, common_cache: Path) -> None:
     sizes = [{"height": 12, "width": 10}, {"height": 16, "width": 20, "text": 31}]
     with running_ranks(tmp_path, 1, "--compile", "on", "--deadline", "30") as scene:
         file = scene.file("small")
@@ -76,12 +92,12 @@ def test_ranks_compile_while_they_are_idle(tmp_path: Path, cache: Path) -> None:
             user.forward(calls[0])
             wait_for_state(scene, "compiled", 60)
             assert difference(user.forward(calls[0]), expected[0]) <= EXACT
-    assert cache.stat().st_mode & 0o777 == 0o700
-    assert any(cache.iterdir())
+    assert common_cache.stat().st_mode & 0o777 == 0o700
+    assert any(common_cache.iterdir())
 
 
 @needs_compiler
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("common_cache")
 @pytest.mark.timeout(600)
 def test_ranks_that_share_tokens_compile_too(tmp_path: Path) -> None:
     # Tokens that two ranks can share evenly, and such that they cannot.

@@ -1,4 +1,4 @@
-"""Forward after forward: nothing grows. The soak run does fifty times as many."""
+"""Forward after forward: nothing grows. The soak run does a hundred times as many."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import psutil
 from ranks_scene import RanksScene, User, some_inputs
 
-FORWARDS = 200
-GROWTH = 16 << 20  # bytes that allocators may still take; one latent of each forward is 50 MiB
+FORWARDS = 100
+GROWTH = 16 << 20  # bytes that allocators may still take; one latent of each forward is 25 MiB
 
 
 @dataclass(frozen=True)
