@@ -47,6 +47,19 @@ def prepare_code_cache() -> str | None:
     return None
 
 
+def keep_headers() -> None:
+    """Have torch's precompiled C++ headers lie with the code; to be called before it compiles.
+
+    They are code as well, and torch 2.13 has them in a folder of /tmp that others may make first.
+    """
+    if not (given := os.environ.get("TORCHINDUCTOR_CACHE_DIR")):
+        return
+    from torch._inductor import codecache
+
+    headers = Path(given) / "precompiled_headers"
+    vars(codecache).update(_HEADER_DIR=str(headers), _HEADER_LOCK_DIR=str(headers / "locks"))
+
+
 def _who_could_replace(directory: Path, owner: int) -> str | None:
     """Who may write to the directory above could put another in the place of ours, or None."""
     found = directory.parent.stat()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from ranks.called_again import CalledAgain
 from ranks.compiled_scene import Scene, inputs
 from torch import Tensor
 from xdit_sidecar.daemon.ranks.flux import recordings as module
@@ -26,20 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch, in xfuser and its own
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-class CalledAgain:
-    """A `Graph` for the CPU."""
-
-    nbytes = 1000
-
-    def record(self, work: Callable[[], Tensor]) -> Tensor:
-        self._work = work
-        self._result = torch.full_like(work(), torch.nan)
-        return self._result
-
-    def replay(self) -> None:
-        self._result.copy_(self._work())
 
 
 REAL = CudaGraph if DEVICE == "cuda" else CalledAgain

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..code_cache import keep_headers
 from .compilation import BLOCK_KINDS, BlockKind
 
 # Relative difference between what a block adds to its tokens when it runs compiled, and eagerly.
@@ -87,6 +88,8 @@ class CompiledBlocks:
         return self._calls[kind]
 
     def _compile(self, block: nn.Module) -> Call:
+        if self._backend == "inductor":
+            keep_headers()
         compiled: Call = torch.compile(
             block._call_impl, fullgraph=True, dynamic=True, backend=self._backend
         )

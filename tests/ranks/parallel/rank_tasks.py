@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from called_again import CalledAgain
 from tiny_flux import (
     digest,
     make_inputs,
@@ -23,6 +24,8 @@ from tiny_flux import (
     run_plain,
 )
 from torch import Tensor
+from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledShares
+from xdit_sidecar.daemon.ranks.flux.recordings import Recordings
 from xdit_sidecar.daemon.ranks.parallel import attention, contexts, process_group
 from xdit_sidecar.daemon.ranks.parallel.config import ParallelConfig
 from xdit_sidecar.daemon.ranks.parallel.contexts import ParallelContext
@@ -30,6 +33,7 @@ from xdit_sidecar.daemon.ranks.parallel.kv_store import KvStore
 from xdit_sidecar.daemon.ranks.parallel.pipefusion import PipeFusion
 from xdit_sidecar.daemon.ranks.parallel.process_group import RankGroup
 from xdit_sidecar.daemon.ranks.parallel.transformer import FluxInputs, ParallelFlux
+from xdit_sidecar.daemon.ranks.reservation import Reservation
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -341,10 +345,32 @@ def keep_deadline(place: Place, *, deadline: float) -> list[float]:
     return [seconds for seconds in found if not math.isclose(seconds, deadline)] + [len(found)]
 
 
+def record_shares(place: Place, *, lengths: list[int], forwards: int, later: int) -> dict[str, Any]:
+    """Compiled forwards of a share of the tokens, recorded; the last rank compiles ``later``."""
+    group = place.join()
+    context = ParallelContext.build(ParallelConfig(ulysses=place.world_size), group)
+    flux = ParallelFlux(make_model(torch.float32))
+    reservation = Reservation(group, reserve=0, neighbours=1)
+    recordings = Recordings(group, reservation, CalledAgain, exchanges=True)
+    shares = CompiledShares(flux, ways=place.world_size, backend="eager", recordings=recordings)
+    patience = later if place.rank == place.world_size - 1 else 0
+    same, recorded = [], []
+    for number in range(forwards):
+        inputs = FluxInputs(**make_inputs(number, *lengths, 1, torch.float32))
+        given = shares.forward(context, inputs)
+        same.append(torch.equal(given, flux.forward(context, inputs)))
+        recorded.append(recordings.number(shares.owner))
+        while number >= patience and shares.compilation.next_piece is not None:
+            shares.compile_piece()
+    found = {"same": same, "recorded": recorded, "refusal": recordings.refusal}
+    process_group.leave()
+    return found
+
+
 TASKS: dict[str, Callable[..., Any]] = {
     task.__name__: task
     for task in (
         *(measure_errors, switch_contexts, meet_silence, meet_alone, list_open_ports),
-        *(run_pipefusion, keep_deadline),
+        *(run_pipefusion, keep_deadline, record_shares),
     )
 }

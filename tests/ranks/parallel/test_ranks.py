@@ -86,3 +86,23 @@ def test_pipefusion_steps(nursery: Nursery, ranks: int, arguments: dict[str, Any
     assert all(first["warm_when"].values()), first["warm_when"]
     assert first["weights_unchanged"]
     assert first["blocks_in_place"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "later", "expected"),
+    [
+        ([64, 16], 0, [0, 1, 1, 1, 1]),
+        ([64, 16], 2, [0, 0, 0, 1, 1]),  # none records before all are ready
+        ([63, 13], 0, [0, 0, 0, 0, 0]),  # by USP, which is not recorded
+    ],
+)
+def test_ranks_record_together(
+    nursery: Nursery, lengths: list[int], later: int, expected: list[int]
+) -> None:
+    arguments = {"lengths": lengths, "forwards": len(expected), "later": later}
+    for found in values(nursery.run("record_shares", 2, **arguments)):
+        assert found == {
+            "same": [True] * len(expected),
+            "recorded": expected,
+            "refusal": None,
+        }

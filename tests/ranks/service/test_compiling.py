@@ -94,6 +94,7 @@ def test_ranks_compile_while_they_are_idle(tmp_path: Path, common_cache: Path) -
             assert difference(user.forward(calls[0]), expected[0]) <= EXACT
     assert common_cache.stat().st_mode & 0o777 == 0o700
     assert any(common_cache.iterdir())
+    assert list(common_cache.glob("precompiled_headers/*.gch"))  # not in /tmp
 
 
 @needs_compiler
