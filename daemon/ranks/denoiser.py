@@ -245,9 +245,7 @@ class Denoiser:
                     resident.flux, ways=ways, refusal=self._refusal, recordings=self._recordings
                 )
                 if ways
-                else CompiledForward(
-                    resident.flux, refusal=self._refusal, recordings=self._recordings
-                )
+                else CompiledForward(resident.flux, refusal=self._refusal)
             )
         return resident.compiled[ways]
 

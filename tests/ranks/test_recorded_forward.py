@@ -104,6 +104,12 @@ class RecordingScene(Scene):
         return self.recordings.number(self.forward.owner)
 
 
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings are made at the second time, and tried again at the fourth."""
+    monkeypatch.setattr(module, "_FIRST", 2)
+
+
 def given(*arguments: int, seed: int = 1):  # type: ignore[no-untyped-def]
     return inputs(*arguments, device=DEVICE, seed=seed)
 
@@ -120,6 +126,22 @@ def test_the_second_forward_of_a_kind_is_recorded() -> None:
     # As many tokens, placed otherwise: the same recording, told of other positions.
     scene.expect(10, 12)
     assert (graphs.made, graphs.replays) == (1, 5)
+
+
+def test_short_runs_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    graphs = Counted()
+    scene = RecordingScene(graphs)
+    for _ in range(4):
+        scene.expect()
+    assert graphs.made == 0
+    # What is forgotten, after some time without work, is counted anew.
+    scene.recordings.forget()
+    for _ in range(5):
+        scene.expect()
+    assert graphs.made == 0
+    scene.expect()
+    assert (graphs.made, scene.number) == (1, 1)
 
 
 def test_what_was_compared_is_not_recorded() -> None:

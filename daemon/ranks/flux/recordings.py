@@ -1,5 +1,8 @@
 """Which forwards are recorded: those that come often, while there is room.
 
+A recording costs as much as ten replays save, and memory. So short runs go without, and ranks that
+have all tokens of their rows, which the GPU keeps busy for longer than a launch takes, as well.
+
 Recording, and the first replay, are steps of all ranks of a group together. So every decision here
 follows from what all of them have seen, or is asked of all of them.
 """
@@ -23,6 +26,7 @@ from .recording import Graph, RecordedForward
 Key = tuple[object, *tuple[Hashable, ...]]
 
 _MOST = 4  # recordings at a time
+_FIRST = 6  # times that a kind of forward comes until it is recorded
 _LONGEST_REASON = 200
 _MOST_COUNTED = 64  # kinds of forwards whose number is remembered
 
@@ -85,7 +89,8 @@ class Recordings:
         self._record(key, self._make_graph(), offered)
 
     def forget(self) -> None:
-        """Free them all."""
+        """Free them all, and begin anew."""
+        self._seen.clear()
         while self._kept:
             self._drop_oldest()
 
@@ -94,12 +99,12 @@ class Recordings:
         return sum(key[0] is owner for key in self._kept)
 
     def _is_due(self, key: Key) -> bool:
-        """At the second time, and with twice the patience each time that it could not be."""
+        """At the first time that counts, and with twice the patience each time that it failed."""
         times = self._seen.pop(key, 0) + 1
         self._seen[key] = times
         while len(self._seen) > _MOST_COUNTED:
             self._seen.popitem(last=False)
-        return times > 1 and times.bit_count() == 1
+        return times % _FIRST == 0 and (times // _FIRST).bit_count() == 1
 
     def _record(self, key: Key, graph: Graph, offered: Recordable) -> None:
         recorded, reason = None, ""

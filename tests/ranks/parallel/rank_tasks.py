@@ -24,6 +24,7 @@ from tiny_flux import (
     run_plain,
 )
 from torch import Tensor
+from xdit_sidecar.daemon.ranks.flux import recordings as recordings_module
 from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledShares
 from xdit_sidecar.daemon.ranks.flux.recordings import Recordings
 from xdit_sidecar.daemon.ranks.parallel import attention, contexts, process_group
@@ -353,6 +354,7 @@ def record_shares(place: Place, *, lengths: list[int], forwards: int, later: int
     reservation = Reservation(group, reserve=0, neighbours=1)
     recordings = Recordings(group, reservation, CalledAgain, exchanges=True)
     shares = CompiledShares(flux, ways=place.world_size, backend="eager", recordings=recordings)
+    recordings_module._FIRST = 2
     patience = later if place.rank == place.world_size - 1 else 0
     same, recorded = [], []
     for number in range(forwards):
