@@ -21,10 +21,10 @@ _PARALLEL = "xdit_sidecar.daemon.ranks.parallel"
 def _skip_the_exchange(attention: Any) -> None:
     """Each rank attends to its own tokens alone: the all-to-all is missing."""
 
-    def attend(self: Any, query: Any, key: Any, value: Any) -> Any:
-        return attention.LocalExchange().attend(query, key, value)
-
-    attention.SequenceExchange.attend = attend
+    for step in ("begin", "finish"):
+        setattr(attention.SequenceExchange, step, getattr(attention.Exchange, step))
+    attention.SequenceExchange.attend = attention.LocalExchange.attend
+    attention.SequenceExchange.kernel = None  # chosen at each call
 
 
 def _take_the_first_rows(splits: Any) -> None:
