@@ -16,7 +16,6 @@ from ranks.called_again import CalledAgain
 from ranks.compiled_scene import Scene, inputs
 from torch import Tensor
 from xdit_sidecar.daemon.ranks.flux import recordings as module
-from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledForward
 from xdit_sidecar.daemon.ranks.flux.recording import CudaGraph, Graph
 from xdit_sidecar.daemon.ranks.flux.recordings import Recordings
 from xdit_sidecar.daemon.ranks.parallel.process_group import RankGroup
@@ -82,16 +81,22 @@ class Group(RankGroup):
 class RecordingScene(Scene):
     """A compiled transformer with recordings."""
 
-    def __init__(self, graphs: Counted, reserve: int = 0) -> None:
+    def __init__(self) -> None:
         self.group = Group(0, 1, torch.device(DEVICE), "gloo", 10.0)
-        self.group.__dict__["answers"] = []
-        self.reservation = Reservation(self.group, reserve=reserve, neighbours=1)
-        self.graphs_of = graphs
-        self.recordings = Recordings(self.group, self.reservation, graphs, exchanges=False)
-        super().__init__("eager", DEVICE, recordings=self.recordings)
+        super().__init__("eager", DEVICE)
         self.compute(given())
         self.compile()
         assert self.state == "compiled"
+
+    def record(self, graphs: Counted, reserve: int = 0) -> RecordingScene:
+        """Begin anew, by these graphs."""
+        self.group.__dict__["answers"] = []
+        self.graphs_of = graphs
+        self.reservation = Reservation(self.group, reserve=reserve, neighbours=1)
+        self.recordings = Recordings(self.group, self.reservation, graphs, exchanges=False)
+        self.forward._recordings = self.recordings
+        self.compute(given())  # the first of its kind
+        return self
 
     def expect(self, *arguments: int, seed: int = 1) -> None:
         """A forward gives what the transformer gives eagerly."""
@@ -104,6 +109,17 @@ class RecordingScene(Scene):
         return self.recordings.number(self.forward.owner)
 
 
+_SCENES: list[RecordingScene] = []
+
+
+@pytest.fixture
+def compiled() -> RecordingScene:
+    """One for all tests but those that take it away."""
+    if not _SCENES:
+        _SCENES.append(RecordingScene())
+    return _SCENES[0]
+
+
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recordings are made at the second time, and tried again at the fourth."""
@@ -114,9 +130,9 @@ def given(*arguments: int, seed: int = 1):  # type: ignore[no-untyped-def]
     return inputs(*arguments, device=DEVICE, seed=seed)
 
 
-def test_the_second_forward_of_a_kind_is_recorded() -> None:
+def test_the_second_forward_of_a_kind_is_recorded(compiled: RecordingScene) -> None:
     graphs = Counted()
-    scene = RecordingScene(graphs)
+    scene = compiled.record(graphs)
     assert scene.number == 0
     scene.expect()  # the second: the first one was before there was code
     assert (scene.number, graphs.made, graphs.replays) == (1, 1, 1)  # compared once
@@ -128,10 +144,10 @@ def test_the_second_forward_of_a_kind_is_recorded() -> None:
     assert (graphs.made, graphs.replays) == (1, 5)
 
 
-def test_short_runs_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_runs_go_without(compiled: RecordingScene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     graphs = Counted()
-    scene = RecordingScene(graphs)
+    scene = compiled.record(graphs)
     for _ in range(4):
         scene.expect()
     assert graphs.made == 0
@@ -144,18 +160,18 @@ def test_short_runs_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (graphs.made, scene.number) == (1, 1)
 
 
-def test_what_was_compared_is_not_recorded() -> None:
+def test_what_was_compared_is_not_recorded(compiled: RecordingScene) -> None:
     graphs = Counted()
-    scene = RecordingScene(graphs)
+    scene = compiled.record(graphs)
     scene.expect(16, 12, 7)  # compared with eager blocks
     assert graphs.made == 0
     scene.expect(16, 12, 7)
     assert (graphs.made, scene.number) == (1, 1)
 
 
-def test_kinds_are_told_apart() -> None:
+def test_kinds_are_told_apart(compiled: RecordingScene) -> None:
     graphs = Counted()
-    scene = RecordingScene(graphs)
+    scene = compiled.record(graphs)
     scene.expect()
     without = replace(given(), timestep=torch.tensor([0.5], device=DEVICE))
     with torch.no_grad():
@@ -166,10 +182,10 @@ def test_kinds_are_told_apart() -> None:
     assert scene.number == 3
 
 
-def test_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_go(compiled: RecordingScene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MOST", 2)
     graphs = Counted()
-    scene = RecordingScene(graphs)
+    scene = compiled.record(graphs)
     for text in (4, 5, 6):
         for _ in range(2):
             scene.expect(12, 10, text)
@@ -189,8 +205,8 @@ def test_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:
     scene.expect()
 
 
-def test_wrong_recordings_are_refused() -> None:
-    scene = RecordingScene(Counted(wrong=1e-3))
+def test_wrong_recordings_are_refused(compiled: RecordingScene) -> None:
+    scene = compiled.record(Counted(wrong=1e-3))
     for _ in range(5):
         scene.expect()
     assert scene.number == 0
@@ -198,17 +214,17 @@ def test_wrong_recordings_are_refused() -> None:
     assert scene.graphs_of.made == 1
 
 
-def test_a_device_that_cannot_is_not_asked_again() -> None:
-    scene = RecordingScene(Counted(failing=RuntimeError))
+def test_a_device_that_cannot_is_not_asked_again(compiled: RecordingScene) -> None:
+    scene = compiled.record(Counted(failing=RuntimeError))
     for _ in range(5):
         scene.expect()
     assert (scene.number, scene.graphs_of.made) == (0, 1)
     assert scene.recordings.refusal == "RuntimeError: no graph here"
 
 
-def test_want_of_memory_is_no_reason_for_ever() -> None:
+def test_want_of_memory_is_no_reason_for_ever(compiled: RecordingScene) -> None:
     graphs = Counted(failing=torch.OutOfMemoryError)
-    scene = RecordingScene(graphs)
+    scene = compiled.record(graphs)
     scene.expect()
     assert (scene.number, scene.recordings.refusal) == (0, None)
     graphs.failing = None
@@ -217,8 +233,8 @@ def test_want_of_memory_is_no_reason_for_ever() -> None:
     assert scene.number == 1
 
 
-def test_without_room_nothing_is_recorded() -> None:
-    scene = RecordingScene(Counted(), reserve=1 << 60)
+def test_without_room_nothing_is_recorded(compiled: RecordingScene) -> None:
+    scene = compiled.record(Counted(), reserve=1 << 60)
     for _ in range(5):
         scene.expect()
     assert (scene.number, scene.graphs_of.made, scene.recordings.refusal) == (0, 0, None)
@@ -234,8 +250,10 @@ def test_without_room_nothing_is_recorded() -> None:
         ([0, 0, 0, 0, 1], 1, True),  # has another output
     ],
 )
-def test_one_rank_speaks_for_all(answers: list[int], made: int, refused: bool) -> None:
-    scene = RecordingScene(Counted())
+def test_one_rank_speaks_for_all(
+    compiled: RecordingScene, answers: list[int], made: int, refused: bool
+) -> None:
+    scene = compiled.record(Counted())
     scene.group.answers[:] = answers
     scene.expect()
     assert not scene.group.answers
@@ -244,7 +262,7 @@ def test_one_rank_speaks_for_all(answers: list[int], made: int, refused: bool) -
 
 
 def test_recordings_keep_no_weights_alive() -> None:
-    scene = RecordingScene(Counted())
+    scene = (_SCENES.pop() if _SCENES else RecordingScene()).record(Counted())
     scene.expect()
     recordings, model = scene.recordings, weakref.ref(scene.flux.model)
     if DEVICE == "cpu":  # its graph calls the model
@@ -255,14 +273,10 @@ def test_recordings_keep_no_weights_alive() -> None:
     assert model() is None
 
 
-def test_without_graphs_every_forward_is_computed() -> None:
-    group = RankGroup(0, 1, torch.device(DEVICE), "gloo", 10.0)
-    reservation = Reservation(group, reserve=0, neighbours=1)
-    scene = RecordingScene(Counted())
-    none = Recordings(group, reservation, None, exchanges=False)
-    scene.forward = CompiledForward(scene.flux, backend="eager", recordings=none)
-    scene.compute(given())
-    scene.compile()
+def test_without_graphs_every_forward_is_computed(compiled: RecordingScene) -> None:
+    scene = compiled.record(Counted())
+    none = Recordings(scene.group, scene.reservation, None, exchanges=False)
+    scene.forward._recordings = none
     for _ in range(3):
         scene.expect()
     assert none.number(scene.forward.owner) == 0

@@ -346,8 +346,11 @@ def keep_deadline(place: Place, *, deadline: float) -> list[float]:
     return [seconds for seconds in found if not math.isclose(seconds, deadline)] + [len(found)]
 
 
-def record_shares(place: Place, *, lengths: list[int], forwards: int, later: int) -> dict[str, Any]:
-    """Compiled forwards of a share of the tokens, recorded; the last rank compiles ``later``."""
+def record_shares(place: Place, *, runs: list[tuple[list[int], int]], later: int) -> dict[str, Any]:
+    """Compiled forwards of a share of the tokens, recorded; the last rank compiles ``later``.
+
+    ``runs``: the lengths of image and text, and how many forwards.
+    """
     group = place.join()
     context = ParallelContext.build(ParallelConfig(ulysses=place.world_size), group)
     flux = ParallelFlux(make_model(torch.float32))
@@ -357,7 +360,7 @@ def record_shares(place: Place, *, lengths: list[int], forwards: int, later: int
     recordings_module._FIRST = 2
     patience = later if place.rank == place.world_size - 1 else 0
     same, recorded = [], []
-    for number in range(forwards):
+    for number, lengths in enumerate(lengths for lengths, count in runs for _ in range(count)):
         inputs = FluxInputs(**make_inputs(number, *lengths, 1, torch.float32))
         given = shares.forward(context, inputs)
         same.append(torch.equal(given, flux.forward(context, inputs)))
