@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,8 @@ def fail_three_times(scene: RanksScene, user: User) -> None:
         pids = [rank.pid for rank in scene.status.ranks if rank.pid]
         if group.state == "ready" or pids:
             for pid in pids[:1]:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it may have ended with the other one
+                    os.kill(pid, signal.SIGKILL)
         scene.daemon.wait_for_status(
             lambda s, pids=pids: not {r.pid for r in s.ranks} & set(pids), 20
         )
