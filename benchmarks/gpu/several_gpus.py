@@ -114,7 +114,7 @@ class Comparison:
         call = make_call(rows, columns, text)
         for _ in range(REPEATED):
             output = remote.run(forward_job(), call)["output"]
-        told = [t for rank in client.status().ranks for t in rank.transformers if world > 1]
+        told = [t for rank in client.status().ranks for t in rank.transformers]
         for one in told:
             print(f"{one.label}: {one.state}, {one.recorded} recorded", one.not_recorded or "")
         name = f"{world} GPU(s): transformers without recorded forwards"
@@ -262,7 +262,8 @@ def main() -> int:
             remote.run(job, make_tokens())
             wait_until_compiled(client, 60.0)
         comparison.pictures(world, mode, remote)
-        comparison.recorded(world, client, remote)
+        if world > 1:
+            comparison.recorded(world, client, remote)
 
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         for world, mode in itertools.product(worlds, modes):

@@ -120,10 +120,7 @@ class Denoiser:
         self._contexts: dict[ParallelConfig, ParallelContext] = {}
         self._stacks: OrderedDict[tuple[object, ...], LoraStack] = OrderedDict()
         self._recordings = Recordings(
-            group,
-            reservation,
-            CudaGraph if group.device.type == "cuda" else None,
-            exchanges=group.backend == "nccl",
+            group, reservation, CudaGraph if group.backend == "nccl" else None
         )
 
     def config(self, options: DenoiserOptions) -> FluxConfig:

@@ -26,8 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch, in xfuser and its own
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 REAL = CudaGraph if DEVICE == "cuda" else CalledAgain
 
 
@@ -93,7 +91,7 @@ class RecordingScene(Scene):
         self.group.__dict__["answers"] = []
         self.graphs_of = graphs
         self.reservation = Reservation(self.group, reserve=reserve, neighbours=1)
-        self.recordings = Recordings(self.group, self.reservation, graphs, exchanges=False)
+        self.recordings = Recordings(self.group, self.reservation, graphs)
         self.forward._recordings = self.recordings
         self.compute(given())  # the first of its kind
         return self
@@ -275,7 +273,7 @@ def test_recordings_keep_no_weights_alive() -> None:
 
 def test_without_graphs_every_forward_is_computed(compiled: RecordingScene) -> None:
     scene = compiled.record(Counted())
-    none = Recordings(scene.group, scene.reservation, None, exchanges=False)
+    none = Recordings(scene.group, scene.reservation, None)
     scene.forward._recordings = none
     for _ in range(3):
         scene.expect()

@@ -81,6 +81,8 @@ class CompiledBlocks:
 
     def _compiled(self, kind: BlockKind) -> list[Call]:
         if kind not in self._calls:
+            if self._backend == "inductor":
+                keep_headers()
             self._calls[kind] = [
                 _with_equal_layouts(self._compile(block), joined=kind == "single" and not number)
                 for number, block in enumerate(self._blocks[kind])
@@ -88,8 +90,6 @@ class CompiledBlocks:
         return self._calls[kind]
 
     def _compile(self, block: nn.Module) -> Call:
-        if self._backend == "inductor":
-            keep_headers()
         compiled: Call = torch.compile(
             block._call_impl, fullgraph=True, dynamic=True, backend=self._backend
         )

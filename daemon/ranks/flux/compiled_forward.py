@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import OutOfMemoryError, Tensor
 
-from ..parallel.attention import Exchange, LocalExchange, SequenceExchange
+from ..parallel.attention import Exchange, LocalExchange
 from ..parallel.config import ParallelConfig
 from ..parallel.contexts import ParallelContext
 from ..parallel.opaque_exchange import OpaqueExchange, exchanging
@@ -93,10 +93,8 @@ class CompiledForward:
     def _recordable(
         self, rows: FluxInputs, exchange: Exchange | None, output: Tensor, nbytes: int
     ) -> Recordable | None:
-        if exchange is not None:
-            by_heads = isinstance(exchange, SequenceExchange) and exchange.by_heads is not None
-            if self._recordings is None or not self._recordings.exchanges or not by_heads:
-                return None
+        if exchange is not None and exchange.by_heads is None:
+            return None  # what xfuser does is not recorded
         compute = partial(self._run_compiled, exchange=exchange)
         return Recordable(rows, output, compute, self._flux.rotations, nbytes)
 

@@ -50,19 +50,14 @@ class Recordings:
         group: RankGroup,
         reservation: Reservation,
         make_graph: Callable[[], Graph] | None,
-        *,
-        exchanges: bool,
     ) -> None:
-        """``make_graph``: None where the device knows no graphs, and nothing is recorded.
-
-        ``exchanges``: whether what travels between ranks can be recorded, too.
-        """
+        """``make_graph``: None where the device knows no graphs, or what travels between ranks is
+        not in them, and nothing is recorded."""
         self._group = group
         self._reservation = reservation
         self._make_graph = make_graph
         self._kept: OrderedDict[Key, RecordedForward] = OrderedDict()
         self._seen: OrderedDict[Key, int] = OrderedDict()
-        self.exchanges = exchanges
         self.refusal: str | None = None  # why nothing is recorded any more
 
     def replay(self, key: Key, inputs: FluxInputs) -> Tensor | None:

@@ -20,6 +20,11 @@ from .ulysses import HeadExchange, Make, begin_by_heads
 class Exchange:
     """How the tokens that a rank has see all the tokens there are."""
 
+    @property
+    def by_heads(self) -> HeadExchange | None:
+        """What does it step by step, if that is how it is done."""
+        return None
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of ``query`` over everything; all (batch, own tokens, heads, head size)."""
         raise NotImplementedError
@@ -92,7 +97,7 @@ class SequenceExchange(Exchange):
 
     @cached_property
     def by_heads(self) -> HeadExchange | None:
-        """What exchanges instead where every rank has as many tokens, and there is no ring."""
+        """Where every rank has as many tokens, and there is no ring."""
         shares = self.text.shard or self.image.shard
         if self.ring > 1 or not shares or self.text.rest or self.image.rest:
             return None
@@ -109,12 +114,7 @@ class SequenceExchange(Exchange):
         return begun if self.by_heads is None else self.by_heads.receive(begun)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `Exchange.attend`."""
-        if self.by_heads is not None:
-            return self.finish(self.begin(lambda: query, lambda: key, lambda: value, (query,)))
-        return self._attend_by_usp(query, key, value)
-
-    def _attend_by_usp(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `Exchange.attend`; by USP, of which `begin` makes no use where it is by heads."""
         from xfuser.core.distributed.attention_backend import AttentionBackendType
         from xfuser.model_executor.layers.usp import USP
 

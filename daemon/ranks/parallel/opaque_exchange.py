@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Exchange, LocalExchange, SequenceExchange
-from .ulysses import HeadExchange, Make, Sent, begin_by_heads, pack, unpack, unpack_copy
+from .attention import Exchange, LocalExchange
+from .ulysses import Make, Sent, begin_by_heads, pack, unpack, unpack_copy
 
 
 @dataclass
@@ -36,12 +36,6 @@ class Use:
     exchange: Exchange
     count: int = 0
     _sources: dict[int, int] = field(default_factory=dict)  # addresses, by those of what comes
-
-    @property
-    def by_heads(self) -> HeadExchange | None:
-        """What does it step by step, if that is how it is done."""
-        exchange = self.exchange
-        return exchange.by_heads if isinstance(exchange, SequenceExchange) else None
 
     def note(self, packed: Tensor, received: Tensor) -> Tensor:
         """Remember that one is being sent to the other, and return that."""
@@ -114,25 +108,26 @@ def exchanging(exchange: Exchange) -> Iterator[Use]:
 
 def _send(packed: Tensor, *order: Tensor | None) -> Tensor:
     use = _current[-1]
-    if use.by_heads is None:
+    by_heads = use.exchange.by_heads
+    if by_heads is None:
         return use.note(packed, torch.empty_like(packed))  # nothing travels, and nothing reads it
     use.count += 1
-    return use.note(*use.by_heads.send(packed))
+    return use.note(*by_heads.send(packed))
 
 
 def _attend(*tensors: Tensor) -> Tensor:
     use = _current[-1]
     use.count += 1
     query, key, value = (use.check(Sent(*tensors[at : at + 2])) for at in (0, 2, 4))
-    if use.by_heads is not None:
-        return use.by_heads.attend(query, key, value)
+    if (by_heads := use.exchange.by_heads) is not None:
+        return by_heads.attend(query, key, value)
     output = use.exchange.attend(*(unpack(sent.packed) for sent in (query, key, value)))
     return pack(output, query.packed.shape[0])
 
 
 def _receive(output: Tensor, after: Tensor | None) -> Tensor:
-    use = _current[-1]
-    return unpack_copy(output) if use.by_heads is None else use.by_heads.receive(output)
+    by_heads = _current[-1].exchange.by_heads
+    return unpack_copy(output) if by_heads is None else by_heads.receive(output)
 
 
 def _describe_received(output: Tensor, after: Tensor | None) -> Tensor:

@@ -355,7 +355,7 @@ def record_shares(place: Place, *, runs: list[tuple[list[int], int]], later: int
     context = ParallelContext.build(ParallelConfig(ulysses=place.world_size), group)
     flux = ParallelFlux(make_model(torch.float32))
     reservation = Reservation(group, reserve=0, neighbours=1)
-    recordings = Recordings(group, reservation, CalledAgain, exchanges=True)
+    recordings = Recordings(group, reservation, CalledAgain)
     shares = CompiledShares(flux, ways=place.world_size, backend="eager", recordings=recordings)
     recordings_module._FIRST = 2
     patience = later if place.rank == place.world_size - 1 else 0
