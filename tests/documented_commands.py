@@ -49,7 +49,7 @@ COMMANDS: dict[str, Run | NotRun] = {
     "xdit-sidecar load models/text_encoders/digits-clip_l.safetensors": Run(),
     "xdit-sidecar load models/text_encoders/digits-t5xxl.safetensors": Run(),
     'xdit-sidecar generate --prompt "a handwritten seven" --out seven.png --size 64x64 --steps 8 '
-    "--tokenizers models/tokenizers": Run(),
+    "--seed 7 --tokenizers models/tokenizers": Run(),
     # containers
     "xdit-sidecar node install ./ComfyUI": Run(),
     "xdit-sidecar ipc health-check": Run(),
