@@ -152,6 +152,7 @@ STAGES: dict[str, Stage] = {
     "sizes": program("sizes"),
     "prompts": program("prompts"),
     "steps": program("steps"),
+    "lora": program("lora"),
     "fp8": program("fp8_error"),
     "comfyui": comfyui_stage,
     "several": program("several_gpus"),
