@@ -52,7 +52,7 @@ test: tools ## every behaviour once, in parallel
 coverage: tools ## the same, and which lines of the package it ran
 	@mkdir -p .cache/coverage
 	PYTHONPATH="$(CURDIR)/tests/untraced" OMP_NUM_THREADS=1 \
-		$(VENV) -m pytest -n 2 --cov $(PYTEST_ARGS)
+		$(VENV) -m pytest -n $(WORKERS) --cov $(PYTEST_ARGS)
 
 soak: setup ## the full counts, resumable, written as JSON
 	OMP_NUM_THREADS=1 $(VENV) tests/soak/run.py

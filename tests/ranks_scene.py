@@ -15,6 +15,7 @@ import torch
 from daemon_process import DaemonProcess, running_daemon
 from flux_files import Flux
 from flux_inputs import Inputs, comfy_inputs, run_diffusers
+from safetensors.torch import save_file
 from xdit_sidecar.daemon.models.flux_detection import detect_flux_file
 from xdit_sidecar.daemon.ranks.flux.model import build_flux
 from xdit_sidecar.protocol import messages as m
@@ -122,6 +123,17 @@ class User:
         if "ref_latent" in tensors:
             tensors["ref_latents.0"] = tensors.pop("ref_latent")
         return self.ranks.run(job or self.job(), tensors, **more)["output"]  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def lora(self, path: Path, tensors: dict[str, torch.Tensor]) -> Iterator[str]:
+        """The fingerprint of a LoRA, written to ``path`` and handed over."""
+        save_file(tensors, path)
+        with SafetensorsFile.open(path) as file:
+            held = hand_over_file(self.client, ComponentFile(file, role="lora"), "cpu")
+        try:
+            yield held.component.fingerprint
+        finally:
+            held.release()
 
 
 @dataclass

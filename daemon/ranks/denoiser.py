@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,6 +19,7 @@ from ..models.memory import forward_bytes
 from .components import OpenComponent, OpenComponents
 from .dtypes import DTYPES
 from .flux.adapters import LoraStack, applied, from_file
+from .flux.compilation import Compilation
 from .flux.compiled_forward import CompiledForward, CompiledShares
 from .flux.fp8_products import own_bytes, use_fp8_products
 from .flux.latents import from_tokens, to_inputs
@@ -92,8 +93,8 @@ class _Resident:
         allow_missing_guidance(loaded.model)
         self.flux = ParallelFlux(loaded.model)
         self.casts = bool(loaded.cast_layers)
-        # By ulysses degree where ranks share tokens, 0 where they do not.
-        self.compiled: dict[int, CompiledForward] = {}
+        # By ulysses degree where ranks share tokens, 0 where they do not; and whether with LoRA.
+        self.compiled: dict[tuple[int, bool], CompiledForward] = {}
         self.pipefusion = PipeFusion(
             self.flux, KvStore(max_entries=_MOST_RUNS, max_bytes=_RUN_BYTES)
         )
@@ -153,8 +154,6 @@ class Denoiser:
         context = self._context(options, resident, inputs)
         nbytes = _activations(resident, inputs, context.config)
         reserve = partial(self._reserve, inputs, nbytes)
-        if context.config.pipefusion == 1:
-            reserve(kept=0)
         with applied(resident.flux.model, stack):
             if context.config.pipefusion > 1:
                 tokens = resident.pipefusion.step(
@@ -166,9 +165,11 @@ class Denoiser:
                     adapters=str(options.adapters),
                     reserve=reserve,
                 ).output
-            elif self._compiles and stack is None:
-                tokens = self._compiled(resident, context.config).forward(context, inputs, nbytes)
+            elif self._compiles:
+                compiled = self._compiled(resident, context.config, branched=stack is not None)
+                tokens = compiled.forward(context, inputs, stack, nbytes, partial(reserve, kept=0))
             else:
+                reserve(kept=0)
                 tokens = resident.flux.forward(context, inputs)
         return from_tokens(tokens, placement)
 
@@ -187,13 +188,13 @@ class Denoiser:
                 label=resident.label,
                 compute=resident.compute,
                 fp8_matmul=resident.fp8_matmul,
-                state=compiled.compilation.state,
-                reason=compiled.compilation.reason,
-                recorded=self._recordings.number(compiled.owner),
+                state=compilation.state,
+                reason=reason,
+                recorded=sum(compiled.recorded for compiled in resident.compiled.values()),
                 not_recorded=self._recordings.refusal,
             )
             for resident in self._components.built(_Resident)[: limits.TRANSFORMERS]
-            for compiled in _most_telling(resident.compiled.values())
+            for compilation, reason in _most_telling(resident.compiled)
         ]
 
     @property
@@ -221,6 +222,9 @@ class Denoiser:
     def forget_regions(self) -> None:
         """Regions are about to be closed: hold nothing of them."""
         self._stacks.clear()
+        for resident in self._components.built(_Resident):
+            for compiled in resident.compiled.values():
+                compiled.forget_stack()
         self._recordings.forget()
 
     def _resident(self, options: DenoiserOptions) -> _Resident:
@@ -234,17 +238,19 @@ class Denoiser:
             ),
         )
 
-    def _compiled(self, resident: _Resident, config: ParallelConfig) -> CompiledForward:
+    def _compiled(
+        self, resident: _Resident, config: ParallelConfig, *, branched: bool
+    ) -> CompiledForward:
         ways = config.ulysses if config.sequence > 1 else 0
-        if ways not in resident.compiled:
-            resident.compiled[ways] = (
+        if (ways, branched) not in resident.compiled:
+            resident.compiled[ways, branched] = (
                 CompiledShares(
                     resident.flux, ways=ways, refusal=self._refusal, recordings=self._recordings
                 )
                 if ways
                 else CompiledForward(resident.flux, refusal=self._refusal)
             )
-        return resident.compiled[ways]
+        return resident.compiled[ways, branched]
 
     def _context(
         self, options: DenoiserOptions, resident: _Resident, inputs: FluxInputs
@@ -282,7 +288,8 @@ class Denoiser:
             if len(self._stacks) > _MOST_STACKS:
                 self._stacks.popitem(last=False)
         self._stacks.move_to_end(key)
-        return self._stacks[key]
+        stack = self._stacks[key]
+        return stack if stack.branches else None
 
     def _reserve(self, inputs: FluxInputs, nbytes: int, kept: int) -> None:
         rows, image, _ = inputs.hidden_states.shape
@@ -309,7 +316,13 @@ def _is_neutral(names: Iterable[str]) -> bool:
     return all(name.endswith((".down", ".up", ".alpha")) for name in names)
 
 
-def _most_telling(compiled: Iterable[CompiledForward]) -> list[CompiledForward]:
-    """Of the ways to run a transformer the one to tell about, if there is any."""
+def _most_telling(
+    compiled: Mapping[tuple[int, bool], CompiledForward],
+) -> list[tuple[Compilation, str | None]]:
+    """Of the ways to run a transformer the one to tell about, and its reason, if there is any."""
     order = ("refused", "compiling", "compiled", "eager")
-    return sorted(compiled, key=lambda each: order.index(each.compilation.state))[:1]
+    told = []
+    for (_, branched), forward in compiled.items():
+        compilation, reason = forward.compilation, forward.compilation.reason
+        told.append((compilation, f"with LoRA: {reason}" if branched and reason else reason))
+    return sorted(told, key=lambda each: order.index(each[0].state))[:1]

@@ -11,9 +11,11 @@ from flux_files import Flux
 from flux_inputs import comfy_inputs
 from torch import Tensor
 from torch._dynamo.utils import counters
-from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledForward
+from xdit_sidecar.daemon.ranks.flux.adapters import LoraStack, applied
+from xdit_sidecar.daemon.ranks.flux.compiled_forward import Asked, CompiledForward
 from xdit_sidecar.daemon.ranks.flux.latents import to_inputs
 from xdit_sidecar.daemon.ranks.flux.model import build_flux
+from xdit_sidecar.daemon.ranks.parallel.attention import Exchange
 from xdit_sidecar.daemon.ranks.parallel.config import ParallelConfig
 from xdit_sidecar.daemon.ranks.parallel.transformer import FluxInputs, ParallelFlux
 from xdit_sidecar.daemon.ranks.parallel.xfuser_repairs import load_xfuser
@@ -26,17 +28,16 @@ CONFIG = flux_files.detect({name: ("F32", tuple(t.shape)) for name, t in WEIGHTS
 class Scene:
     """The transformer, and what it computes."""
 
-    def __init__(
-        self, backend: str | Callable[..., Any], device: str = "cpu", **options: Any
-    ) -> None:
-        """``options``: of `CompiledForward`."""
+    exchange: Exchange | None = None
+
+    def __init__(self, backend: str | Callable[..., Any], device: str = "cpu") -> None:
         load_xfuser(torch.device(device))
         # Code is kept by function, so another test's would be found.
         torch.compiler.reset()
         counters.clear()
         weights = {name: tensor.to(device) for name, tensor in WEIGHTS.items()}
         self.flux = ParallelFlux(build_flux(CONFIG, weights, torch.float32).model)
-        self.forward = CompiledForward(self.flux, backend=backend, **options)
+        self.forward = CompiledForward(self.flux, backend=backend)
 
     @property
     def graphs(self) -> int:
@@ -48,15 +49,26 @@ class Scene:
         return self.forward.compilation.state
 
     @torch.no_grad()
-    def compute(self, inputs: FluxInputs) -> Tensor:
-        """As a group of one rank would."""
-        return self.forward._serve(ParallelConfig(), 0, inputs, None)
+    def compute(
+        self,
+        inputs: FluxInputs,
+        stack: LoraStack | None = None,
+        forward: CompiledForward | None = None,
+    ) -> Tensor:
+        """As a group of one rank would; by another ``forward`` of the same transformer."""
+        with applied(self.flux.model, stack):
+            return (forward or self.forward)._serve(self.asked(stack), inputs, self.exchange)
+
+    def asked(self, stack: LoraStack | None) -> Asked:
+        """How forwards are asked for."""
+        return Asked(ParallelConfig(), stack)
 
     @torch.no_grad()
-    def compile(self) -> None:
+    def compile(self, forward: CompiledForward | None = None) -> None:
         """Everything that waits for it."""
-        while self.forward.compilation.next_piece is not None:
-            self.forward.compile_piece()
+        forward = forward or self.forward
+        while forward.compilation.next_piece is not None:
+            forward.compile_piece()
 
 
 def inputs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from ranks.compiled_scene import CONFIG, FLUX, Scene, inputs
 from torch import Tensor, fx
 from xdit_sidecar.daemon.ranks.flux.adapters import LoraStack, applied
-from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledShares
+from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledForward, CompiledShares
 from xdit_sidecar.daemon.ranks.parallel.attention import Exchange, LocalExchange
 
 pytestmark = [
@@ -60,14 +61,68 @@ def test_sizes_share_code_and_agree() -> None:
         assert torch.equal(scene.compute(others), scene.flux.compute(others))
     assert (scene.state, scene.graphs) == ("compiled", 4)
 
-    # LoRA branches are hooks, and compiled blocks know nothing of them.
-    lora = lora_files.neutral(FLUX)
-    stack = LoraStack.build(CONFIG, [(lora, 1.0)], torch.float32, "cpu")
-    with applied(scene.flux.model, stack):
-        with_branches = scene.flux.compute(first)
-    assert not torch.equal(with_branches, scene.flux.compute(first))
-    assert torch.equal(scene.compute(first), scene.flux.compute(first))
+
+def stack_of(*seeds: int, only: str = "") -> LoraStack:
+    """A LoRA for each seed, for modules whose names begin with ``only``."""
+    loras = [
+        ({n: t for n, t in lora_files.neutral(FLUX, seed).items() if n.startswith(only)}, 1.0)
+        for seed in seeds
+    ]
+    return LoraStack.build(CONFIG, loras, torch.float32, "cpu")
+
+
+# The second moves changes in place out of what it compiles, and back, as inductor does.
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_branches_share_code(backend: str) -> None:
+    scene = Scene(backend)
+    first, one = inputs(), stack_of(1)
+    plain = scene.flux.compute(first)
+    with applied(scene.flux.model, one):
+        expected = scene.flux.compute(first)
+    assert not torch.allclose(expected, plain, atol=1e-2)
+    assert torch.equal(scene.compute(first, one), expected)
+    scene.compile()
+    assert (scene.state, scene.graphs) == ("compiled", 2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(scene.compute(first, one), expected)
+    # Other ranks, other layers, several LoRAs, another size: the same code.
+    for stack in (one, stack_of(2, 3), stack_of(4, only="single_blocks.1."), stack_of()):
+        for given in (first, inputs(16, 12, 7)):
+            with applied(scene.flux.model, stack):
+                expected = scene.flux.compute(given)
+            for _ in range(2):  # compared, then compiled
+                assert torch.equal(scene.compute(given, stack), expected)
+    assert (scene.state, scene.graphs) == ("compiled", 2)
+    assert torch.equal(scene.flux.compute(first), plain)
+
+
+def test_code_with_branches_and_without_are_apart() -> None:
+    scene = Scene("eager")
+    branched = CompiledForward(scene.flux, backend="eager")
+    first, stack = inputs(), stack_of(1)
+    plain = scene.flux.compute(first)
+    for forward, loras in ((scene.forward, None), (branched, stack)):
+        scene.compute(first, loras, forward)
+        scene.compile(forward)
+        assert forward.compilation.state == "compiled"
     assert scene.graphs == 4
+    for _ in range(2):
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(scene.compute(first), plain)
+            found = scene.compute(first, stack, branched)
+        with applied(scene.flux.model, stack):
+            assert torch.equal(found, scene.flux.compute(first))
+
+
+def test_what_waits_to_be_compiled_keeps_no_lora_alive() -> None:
+    scene = Scene("eager")
+    stack = stack_of(1)
+    scene.compute(inputs(), stack)
+    assert scene.state == "compiling"
+    alive = weakref.ref(stack)
+    scene.forward.forget_stack()
+    del stack
+    assert (scene.state, alive()) == ("eager", None)
 
 
 def test_wrong_code_is_refused() -> None:

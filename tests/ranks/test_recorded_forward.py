@@ -10,15 +10,23 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import lora_files
 import pytest
 import torch
 from ranks.called_again import CalledAgain
-from ranks.compiled_scene import Scene, inputs
+from ranks.compiled_scene import CONFIG, FLUX, Scene, inputs
 from torch import Tensor
 from xdit_sidecar.daemon.ranks.flux import recordings as module
+from xdit_sidecar.daemon.ranks.flux.adapters import LoraStack, applied
+from xdit_sidecar.daemon.ranks.flux.compiled_forward import Asked, CompiledShares
 from xdit_sidecar.daemon.ranks.flux.recording import CudaGraph, Graph
 from xdit_sidecar.daemon.ranks.flux.recordings import Recordings
+from xdit_sidecar.daemon.ranks.parallel.attention import LocalExchange, SequenceExchange
+from xdit_sidecar.daemon.ranks.parallel.config import ParallelConfig
 from xdit_sidecar.daemon.ranks.parallel.process_group import RankGroup
+from xdit_sidecar.daemon.ranks.parallel.splits import TokenSplit
+from xdit_sidecar.daemon.ranks.parallel.transformer import FluxInputs
+from xdit_sidecar.daemon.ranks.parallel.ulysses import HeadExchange
 from xdit_sidecar.daemon.ranks.reservation import Reservation
 
 pytestmark = [
@@ -37,7 +45,7 @@ class Counted:
     replays: int = 0
     kind: Callable[[], Graph] = REAL
     wrong: float = 0.0
-    failing: type[Exception] | None = None
+    failing: type[Exception] | None = None  # at the end of what is recorded
 
     def __call__(self) -> Graph:
         self.made += 1
@@ -55,9 +63,12 @@ class _CountedGraph:
         return self.graph.nbytes
 
     def record(self, work: Callable[[], Tensor]) -> Tensor:
-        if self.graphs.failing is not None:
+        def fail() -> Tensor:
+            work()
+            assert self.graphs.failing is not None
             raise self.graphs.failing("no graph here\nand more")
-        self.result = self.graph.record(work)
+
+        self.result = self.graph.record(fail if self.graphs.failing else work)
         return self.result
 
     def replay(self) -> None:
@@ -76,35 +87,61 @@ class Group(RankGroup):
         return max(number, self.answers.pop(0)) if self.answers else number
 
 
+class HeadsOfOne(HeadExchange):
+    """The exchange of a rank that is alone."""
+
+    def _send(self, packed: Tensor) -> Tensor:
+        return packed.clone()
+
+
+class AloneByHeads(SequenceExchange):
+    """What is recorded: an exchange by heads."""
+
+    by_heads = HeadsOfOne(None, LocalExchange().attend)
+
+
 class RecordingScene(Scene):
     """A compiled transformer with recordings."""
 
-    def __init__(self) -> None:
+    exchange = AloneByHeads(TokenSplit(9, 1, 0), TokenSplit(30, 1, 0), 1)
+
+    def __init__(self, stack: LoraStack | None = None) -> None:
+        """``stack``: of the first forward."""
         self.group = Group(0, 1, torch.device(DEVICE), "gloo", 10.0)
         super().__init__("eager", DEVICE)
-        self.compute(given())
+        self.forward = self.shares = CompiledShares(self.flux, ways=1, backend="eager")
+        self.compute(given(), stack)
         self.compile()
         assert self.state == "compiled"
 
     def record(self, graphs: Counted, reserve: int = 0) -> RecordingScene:
-        """Begin anew, by these graphs."""
+        """Begin anew, by these graphs, with the first forward of its kind."""
         self.group.__dict__["answers"] = []
         self.graphs_of = graphs
         self.reservation = Reservation(self.group, reserve=reserve, neighbours=1)
         self.recordings = Recordings(self.group, self.reservation, graphs)
-        self.forward._recordings = self.recordings
-        self.compute(given())  # the first of its kind
+        self.shares._recordings = self.recordings
+        self.compute(given())
         return self
 
-    def expect(self, *arguments: int, seed: int = 1) -> None:
+    def asked(self, stack: LoraStack | None) -> Asked:
+        return Asked(ParallelConfig(), stack, reserve=self.reserve)
+
+    def reserve(self) -> None:
+        """Before anything is computed."""
+
+    def expect(self, *arguments: int, seed: int = 1, stack: LoraStack | None = None) -> None:
         """A forward gives what the transformer gives eagerly."""
-        asked = given(*arguments, seed=seed)
-        with torch.no_grad():
-            assert torch.equal(self.compute(asked), self.flux.compute(asked))
+        self.expect_of(given(*arguments, seed=seed), stack)
+
+    def expect_of(self, asked: FluxInputs, stack: LoraStack | None = None) -> None:
+        with torch.no_grad(), applied(self.flux.model, stack):
+            expected = self.flux.compute(asked)
+        assert torch.equal(self.compute(asked, stack), expected)
 
     @property
     def number(self) -> int:
-        return self.recordings.number(self.forward.owner)
+        return self.shares.recorded
 
 
 _SCENES: list[RecordingScene] = []
@@ -171,13 +208,79 @@ def test_kinds_are_told_apart(compiled: RecordingScene) -> None:
     graphs = Counted()
     scene = compiled.record(graphs)
     scene.expect()
-    without = replace(given(), timestep=torch.tensor([0.5], device=DEVICE))
-    with torch.no_grad():
-        assert torch.equal(scene.compute(without), scene.flux.compute(without))
+    scene.expect_of(replace(given(), timestep=torch.tensor([0.5], device=DEVICE)))
     assert graphs.replays == 2  # another value, the same kind
     for text in (5, 6, 5, 6, 5, 6):
         scene.expect(12, 10, text)
     assert scene.number == 3
+    replays = graphs.replays
+    doubled = replace(given(), timestep=torch.tensor([0.5], device=DEVICE, dtype=torch.float64))
+    scene.expect_of(doubled)  # another dtype, another kind
+    assert graphs.replays == replays
+
+
+def test_what_is_given_and_taken_stays_as_it_is(compiled: RecordingScene) -> None:
+    scene = compiled.record(Counted())
+    offered = given()
+    kept = replace(offered, **{name: tensor.clone() for name, tensor in tensors_of(offered)})
+    scene.expect_of(offered)
+    assert scene.number == 1
+    taken = scene.compute(offered)
+    copy = taken.clone()
+    scene.expect(10, 12, seed=2)  # replayed, with other values and at other positions
+    assert torch.equal(taken, copy)
+    for (name, now), (_, then) in zip(tensors_of(offered), tensors_of(kept), strict=True):
+        assert torch.equal(now, then), name
+    scene.expect_of(offered)  # the tables of its positions as well
+
+
+def tensors_of(asked: FluxInputs) -> list[tuple[str, Tensor]]:
+    return [(name, tensor) for name, tensor in vars(asked).items() if tensor is not None]
+
+
+def stack_of(seed: int) -> LoraStack:
+    return LoraStack.build(CONFIG, [(lora_files.neutral(FLUX, seed), 1.0)], torch.float32, DEVICE)
+
+
+def test_each_lora_has_a_recording() -> None:
+    one, other = stack_of(1), stack_of(2)
+    graphs = Counted()
+    scene = RecordingScene(one).record(graphs)
+    for _ in range(4):
+        for stack in (one, other):  # compared, then compiled
+            scene.expect(stack=stack)
+    assert (scene.number, graphs.made) == (2, 2)
+    assert graphs.replays >= 4  # compared, and once more
+    # Only the recording keeps what it reads.
+    alive = weakref.ref(one)
+    del one, stack
+    gc.collect()
+    assert alive() is not None
+    scene.recordings.forget()
+    gc.collect()
+    assert alive() is None
+    scene.expect(stack=other)
+
+
+def test_replays_ask_for_no_memory(
+    compiled: RecordingScene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = compiled.record(Counted())
+    asked = []
+
+    def reserve() -> None:
+        asked.append(scene.number)
+        scene.reservation.check(1000, "a test")
+
+    monkeypatch.setattr(scene, "reserve", reserve)
+    scene.expect()
+    assert (scene.number, asked) == (1, [0])
+    scene.expect()
+    assert asked == [0]
+    # What fitted was given back for the recording, and no replay has taken it again.
+    assert scene.reservation._fitted == 0
+    scene.expect(12, 10, 4)
+    assert (asked, scene.reservation._fitted) == ([0, 1], 1000)
 
 
 def test_the_oldest_go(compiled: RecordingScene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,12 +315,36 @@ def test_wrong_recordings_are_refused(compiled: RecordingScene) -> None:
     assert scene.graphs_of.made == 1
 
 
+def test_what_is_not_trusted_any_more_is_not_replayed() -> None:
+    scene = RecordingScene().record(Counted())
+    scene.expect()
+    assert scene.number == 1
+    scene.shares.compilation.refuse("the compiler is wrong")
+    scene.expect(12, 10, 4)  # what all ranks are asked at
+    assert scene.number == 0
+    scene.expect()
+    assert scene.number == 0
+
+
+def test_what_another_rank_does_not_trust_goes(compiled: RecordingScene) -> None:
+    scene = compiled.record(Counted())
+    scene.expect()
+    scene.group.answers[:] = [1]
+    scene.expect(12, 10, 4)
+    assert (scene.number, scene.state) == (0, "compiled")
+
+
 def test_a_device_that_cannot_is_not_asked_again(compiled: RecordingScene) -> None:
     scene = compiled.record(Counted(failing=RuntimeError))
     for _ in range(5):
         scene.expect()
     assert (scene.number, scene.graphs_of.made) == (0, 1)
     assert scene.recordings.refusal == "RuntimeError: no graph here"
+    if DEVICE == "cuda":  # what failed has left nothing behind
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert not torch.cuda.is_current_stream_capturing()
+        torch.cuda.empty_cache()
+        scene.expect()
 
 
 def test_want_of_memory_is_no_reason_for_ever(compiled: RecordingScene) -> None:
@@ -245,7 +372,7 @@ def test_without_room_nothing_is_recorded(compiled: RecordingScene) -> None:
         ([0, 1], 0, False),  # no room
         ([0, 0, 1], 1, True),  # could not record
         ([0, 0, 0, 1], 1, False),  # ran out of memory
-        ([0, 0, 0, 0, 1], 1, True),  # has another output
+        ([0, 0, 0, 0, 0, 1], 1, True),  # has another output
     ],
 )
 def test_one_rank_speaks_for_all(
@@ -273,8 +400,7 @@ def test_recordings_keep_no_weights_alive() -> None:
 
 def test_without_graphs_every_forward_is_computed(compiled: RecordingScene) -> None:
     scene = compiled.record(Counted())
-    none = Recordings(scene.group, scene.reservation, None)
-    scene.forward._recordings = none
+    scene.shares._recordings = Recordings(scene.group, scene.reservation, None)
     for _ in range(3):
         scene.expect()
-    assert none.number(scene.forward.owner) == 0
+    assert scene.number == 0

@@ -9,10 +9,11 @@ in :mod:`...models.lora_layout`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ...models.flux_config import FluxConfig
 from ...models.flux_layers import FluxLayer, flux_layers
 from ...models.lora_layout import BranchName, Rows, read_layout
+from .branches import Added, Branch, adding
 
 
 class LoraFile(NamedTuple):
@@ -45,19 +47,11 @@ def from_file(tensors: Mapping[str, Tensor], label: str = "the LoRA") -> LoraFil
     return LoraFile(neutral, layout.text_encoder)
 
 
-class Branch(NamedTuple):
-    """Adds ``scale · (x @ down.T) @ up.T`` to a layer's outputs from ``start`` on.
+class _Places(NamedTuple):
+    """Where a stack's branches go in a model."""
 
-    ``down`` is [rank, in], ``up`` [rows, rank].
-    """
-
-    start: int
-    down: Tensor
-    up: Tensor
-    scale: float
-
-
-Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
+    layers: list[nn.Linear]  # all there are
+    added: Added
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +59,22 @@ class LoraStack:
     """The branches of several LoRAs: name of diffusers' module → what is added to it, in order.
 
     ``copied_bytes`` were made for this stack because a LoRA's tensors have another dtype or lie on
-    another device; all else are views of these tensors.
+    another device; all else are views of these tensors. ``identity`` outlives the stack without
+    keeping its tensors.
     """
 
     branches: Mapping[str, tuple[Branch, ...]]
     copied_bytes: int
-    # Looking a model's layers up takes twice as long as putting hooks into them.
-    _hooks: WeakKeyDictionary[nn.Module, list[tuple[nn.Linear, Hook]]] = field(
+    identity: object = field(default_factory=object, init=False, repr=False)
+    # Looking a model's layers up takes longer than a forward's launches.
+    _places: WeakKeyDictionary[nn.Module, _Places] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
     )
+
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        """Of diffusers', those that have branches."""
+        return frozenset(self.branches)
 
     @classmethod
     def build(
@@ -110,16 +111,20 @@ class LoraStack:
                     branches.setdefault(module, []).append(piece)
         return cls({name: tuple(found) for name, found in branches.items()}, copied)
 
-    def hooks(self, model: nn.Module) -> list[tuple[nn.Linear, Hook]]:
-        """The model's layers that have branches, and the forward hook that adds them.
+    def places(self, model: nn.Module) -> _Places:
+        """The model's linear layers, and what is added to which.
 
-        Layers are looked up at the first call for a model and must not be replaced afterwards.
+        They are looked up at the first call for a model and must not be replaced afterwards.
         Raises ValueError if the model lacks one: then the stack was built for another config.
         """
-        found = self._hooks.get(model)
+        found = self._places.get(model)
         if found is None:
-            found = [(_linear(model, name), _adder(added)) for name, added in self.branches.items()]
-            self._hooks[model] = found
+            layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+            added = {
+                _linear(model, name).weight.data_ptr(): branches
+                for name, branches in self.branches.items()
+            }
+            found = self._places[model] = _Places(layers, added)
         return found
 
 
@@ -127,13 +132,13 @@ class LoraStack:
 def applied(model: nn.Module, stack: LoraStack | None) -> Iterator[None]:
     """Within it, the linear layers of a FluxTransformer2DModel have the stack's branches added.
 
-    Parameters are not touched. Branches are forward hooks that exist inside the block alone, so
-    that a model without LoRA pays nothing; putting them into all of FLUX.1 takes about 2 ms. Inside
-    another ``applied`` of the same model both are added. Raises as :meth:`LoraStack.hooks` does.
+    Parameters are not touched, and a model without LoRA pays nothing. Inside another ``applied`` of
+    the same model both are added. Raises as :meth:`LoraStack.places` does.
     """
-    with ExitStack() as hooks:
-        for layer, hook in () if stack is None else stack.hooks(model):
-            hooks.enter_context(layer.register_forward_hook(hook))
+    if stack is None:
+        yield
+        return
+    with adding(*stack.places(model)):
         yield
 
 
@@ -147,22 +152,6 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
             f"this model has no linear layer {name}: build the LoRA stack with the model's config"
         )
     return layer
-
-
-def _adder(branches: Sequence[Branch]) -> Hook:
-    def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        # A linear layer's output is new memory, so it can be added to in place.
-        output = output.contiguous()
-        rows = output.view(-1, output.shape[-1])
-        given = args[0].reshape(-1, args[0].shape[-1])
-        for start, down, up, scale in branches:
-            inner = given @ down.to(given.dtype).T
-            part = rows[:, start : start + up.shape[0]]
-            # One kernel that sums in fp32: the product alone is never rounded to the output dtype.
-            part.addmm_(inner, up.to(given.dtype).T, alpha=scale)
-        return output
-
-    return add
 
 
 def _gather(tensors: Mapping[str, Tensor]) -> dict[BranchName, dict[str, Tensor]]:

@@ -31,6 +31,7 @@ class Sizes(NamedTuple):
     rows: int
     image_tokens: int
     text_tokens: int
+    branched: frozenset[str] = frozenset()  # layers that LoRAs add to
 
 
 class Compilation:

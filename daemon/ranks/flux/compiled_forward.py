@@ -1,12 +1,16 @@
 """Forwards of a resident transformer by compiled blocks, as soon as that is proven to be the same.
 
 Everything here is one rank's own affair: nothing is exchanged while a piece is compiled or
-compared. Forwards with LoRA branches do not come here; they run eagerly.
+compared. LoRA branches are not compiled, see `branches`; forwards with them are compiled apart from
+those without.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from torch import OutOfMemoryError, Tensor
 
@@ -15,6 +19,7 @@ from ..parallel.config import ParallelConfig
 from ..parallel.contexts import ParallelContext
 from ..parallel.opaque_exchange import OpaqueExchange, exchanging
 from ..parallel.transformer import FluxInputs, ParallelFlux
+from .adapters import LoraStack, applied
 from .compilation import Compilation, Sizes
 from .compiled_blocks import Call, CannotJudge, CompiledBlocks, Disagreement, NeedsCode
 from .recording import kind_of
@@ -23,11 +28,28 @@ from .recordings import Recordable, Recordings
 _LONGEST_REASON = 200
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a forward is asked for with, besides its inputs."""
+
+    config: ParallelConfig
+    stack: LoraStack | None = None
+    nbytes: int = 0  # of activations, at most
+    reserve: Callable[[], None] = lambda: None  # to be called before anything is computed
+
+
+class _Seen(NamedTuple):
+    """A forward that was."""
+
+    inputs: FluxInputs
+    stack: LoraStack | None
+
+
 class CompiledForward:
     """Around one transformer in one dtype, for ranks that have all tokens of their rows.
 
-    ``refusal`` says why it must not be compiled. What runs compiled is recorded, if there are
-    ``recordings``.
+    ``refusal`` says why it must not be compiled. Forwards come all with a LoRA stack, or all
+    without, and within `applied`.
     """
 
     _alone: Exchange | None = None  # what blocks attend by while a rank tries them
@@ -38,33 +60,52 @@ class CompiledForward:
         *,
         refusal: str | None = None,
         backend: str | Call = "inductor",
-        recordings: Recordings | None = None,
     ) -> None:
         self.compilation = Compilation()
-        self.owner = object()  # of its recordings, which must not keep the weights alive
-        self._recordings = recordings
         if refusal is not None:
             self.compilation.refuse(refusal)
         self._flux = flux
         self._blocks = CompiledBlocks(flux.model, backend)
-        self._inputs: FluxInputs | None = None  # of a real forward, to compile with
+        self._seen: _Seen | None = None  # to compile with
 
-    def forward(self, context: ParallelContext, inputs: FluxInputs, nbytes: int = 0) -> Tensor:
-        """As :meth:`ParallelFlux.forward`. ``nbytes``: of activations, at most."""
-        serve = partial(self._serve, context.config, nbytes)
-        return self._flux.forward(context, inputs, serve)
+    @property
+    def recorded(self) -> int:
+        """How many kinds of forwards are recorded."""
+        return 0
+
+    def forward(
+        self,
+        context: ParallelContext,
+        inputs: FluxInputs,
+        stack: LoraStack | None = None,
+        nbytes: int = 0,
+        reserve: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """As :meth:`ParallelFlux.forward`.
+
+        ``nbytes``: of activations, at most; ``reserve`` is called, by all ranks or by none, unless
+        they are there already.
+        """
+        asked = Asked(context.config, stack, nbytes, reserve)
+        return self._flux.forward(context, inputs, partial(self._serve, asked))
+
+    def forget_stack(self) -> None:
+        """Hold nothing of a LoRA: what waits to be compiled with one waits for another forward."""
+        if self._seen is not None and self._seen.stack is not None:
+            self.compilation.put_off()
+            self._seen = None
 
     def compile_piece(self) -> None:
         """Compile one kind of block with the inputs of a forward that was, if that is wanted.
 
         Takes seconds to a minute. Whatever goes wrong, forwards stay as they were.
         """
-        kind, inputs = self.compilation.next_piece, self._inputs
-        if kind is None or inputs is None:
+        kind, seen = self.compilation.next_piece, self._seen
+        if kind is None or seen is None:
             return
         try:
-            with self._blocks.compared(compiling=kind):
-                self._flux.compute(inputs, self._alone)
+            with applied(self._flux.model, seen.stack), self._blocks.compared(compiling=kind):
+                self._flux.compute(seen.inputs, self._alone)
         except (CannotJudge, OutOfMemoryError):
             self.compilation.put_off()
         except Exception as error:  # noqa: BLE001  of the compiler, or Disagreement
@@ -72,38 +113,20 @@ class CompiledForward:
         else:
             self.compilation.piece_agreed()
         if self.compilation.next_piece is None:
-            self._inputs = None
+            self._seen = None
 
-    def _serve(
-        self, config: ParallelConfig, nbytes: int, rows: FluxInputs, exchange: Exchange | None
-    ) -> Tensor:
-        if self._recordings is None:
-            return self._compute(rows, exchange)
-        key = (self.owner, config, kind_of(rows))
-        if (output := self._recordings.replay(key, rows)) is not None:
-            return output
-        sizes = sizes_of(rows)
-        planned = self.compilation.choose(sizes)
-        output = self._compute(rows, exchange)
-        compiled = planned == "compiled" == self.compilation.choose(sizes)
-        offered = partial(self._recordable, rows, exchange, output, nbytes)
-        self._recordings.offer(key, offered if compiled else lambda: None)
-        return output
+    def _serve(self, asked: Asked, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
+        asked.reserve()
+        return self._compute(rows, exchange, asked.stack)
 
-    def _recordable(
-        self, rows: FluxInputs, exchange: Exchange | None, output: Tensor, nbytes: int
-    ) -> Recordable | None:
-        if exchange is not None and exchange.by_heads is None:
-            return None  # what xfuser does is not recorded
-        compute = partial(self._run_compiled, exchange=exchange)
-        return Recordable(rows, output, compute, self._flux.rotations, nbytes)
-
-    def _run_compiled(self, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
-        with exchanging(exchange or LocalExchange()), self._blocks.compiled():
+    def _run_compiled(self, rows: FluxInputs) -> Tensor:
+        with self._blocks.compiled():
             return self._flux.compute(rows, self._alone)
 
-    def _compute(self, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
-        sizes = sizes_of(rows)
+    def _compute(
+        self, rows: FluxInputs, exchange: Exchange | None, stack: LoraStack | None = None
+    ) -> Tensor:
+        sizes = sizes_of(rows, stack)
         match self.compilation.choose(sizes):
             case "compiled":
                 output = self._try_compiled(sizes, rows)
@@ -111,17 +134,17 @@ class CompiledForward:
                 output = self._try_compared(sizes, rows)
             case _:
                 output = None
-        return self._compute_eagerly(sizes, rows, None) if output is None else output
+        return self._compute_eagerly(sizes, _Seen(rows, stack), None) if output is None else output
 
-    def _compute_eagerly(self, sizes: Sizes, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
-        output = self._flux.compute(rows, exchange)
+    def _compute_eagerly(self, sizes: Sizes, seen: _Seen, exchange: Exchange | None) -> Tensor:
+        output = self._flux.compute(seen.inputs, exchange)
         if self.compilation.want(sizes):
-            self._inputs = rows
+            self._seen = seen
         return output
 
     def _try_compiled(self, sizes: Sizes, rows: FluxInputs) -> Tensor | None:
         try:
-            return self._run_compiled(rows, None)
+            return self._run_compiled(rows)
         except OutOfMemoryError:
             raise
         except NeedsCode:
@@ -151,7 +174,7 @@ class CompiledShares(CompiledForward):
 
     A rank compiles, and compares, with its own share as if there were nothing else. What travels
     between ranks is the same from compiled blocks and from eager ones, so each rank goes over when
-    it is ready.
+    it is ready. What runs compiled on all of them is recorded, if there are ``recordings``.
     """
 
     def __init__(
@@ -164,30 +187,73 @@ class CompiledShares(CompiledForward):
         recordings: Recordings | None = None,
     ) -> None:
         """``ways``: the ulysses degree of the contexts that come."""
-        super().__init__(flux, refusal=refusal, backend=backend, recordings=recordings)
+        super().__init__(flux, refusal=refusal, backend=backend)
         self._alone = OpaqueExchange(ways)
+        self._recordings = recordings
+        self._owner = object()  # of its recordings, which must not keep the weights alive
 
-    def _compute(self, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
+    @property
+    def recorded(self) -> int:
+        """See `CompiledForward.recorded`."""
+        return 0 if self._recordings is None else self._recordings.number(self._owner)
+
+    def _serve(self, asked: Asked, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
+        if self._recordings is None:
+            return super()._serve(asked, rows, exchange)
+        stack = asked.stack
+        key = (self._owner, asked.config, kind_of(rows), None if stack is None else stack.identity)
+        if (output := self._recordings.replay(key, rows)) is not None:
+            return output
+        asked.reserve()
+        sizes = sizes_of(rows, stack)
+        planned = self.compilation.choose(sizes)
+        output = self._compute(rows, exchange, stack)
+        compiled = planned == "compiled" == self.compilation.choose(sizes)
+        make = partial(self._recordable, asked, rows, exchange, output)
+        trusted = self.compilation.reason is None
+        self._recordings.offer(key, make if compiled else lambda: None, trusted=trusted)
+        return output
+
+    def _recordable(
+        self, asked: Asked, rows: FluxInputs, exchange: Exchange | None, output: Tensor
+    ) -> Recordable | None:
+        by_heads = None if exchange is None else exchange.by_heads
+        if exchange is None or by_heads is None:
+            return None  # what xfuser does is not recorded
+
+        def compute(rows: FluxInputs) -> Tensor:
+            try:
+                with exchanging(exchange):
+                    return self._run_compiled(rows)
+            except Exception:
+                by_heads.join()  # no recording can end before
+                raise
+
+        return Recordable(rows, output, compute, self._flux.rotations, asked.nbytes, asked.stack)
+
+    def _compute(
+        self, rows: FluxInputs, exchange: Exchange | None, stack: LoraStack | None = None
+    ) -> Tensor:
         exchange = exchange or LocalExchange()
-        sizes = sizes_of(rows)
+        sizes = sizes_of(rows, stack)
         if self.compilation.choose(sizes) == "compared":
             self._try_compared(sizes, rows)
         if self.compilation.choose(sizes) == "compiled":
             with exchanging(exchange) as use:
                 try:
-                    with self._blocks.compiled():
-                        return self._flux.compute(rows, self._alone)
+                    return self._run_compiled(rows)
                 except NeedsCode:
                     if use.count:  # the others would wait for what comes a second time
                         raise
                     self.compilation.leave_uncovered(sizes)
-        return self._compute_eagerly(sizes, rows, exchange)
+        return self._compute_eagerly(sizes, _Seen(rows, stack), exchange)
 
 
-def sizes_of(rows: FluxInputs) -> Sizes:
+def sizes_of(rows: FluxInputs, stack: LoraStack | None) -> Sizes:
     """What code may depend on."""
     count, image, _ = rows.hidden_states.shape
-    return Sizes(count, image, rows.encoder_hidden_states.shape[1])
+    text = rows.encoder_hidden_states.shape[1]
+    return Sizes(count, image, text, frozenset() if stack is None else stack.modules)
 
 
 def _explain(error: Exception) -> str:

@@ -50,9 +50,22 @@ class CudaGraph:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = _unused_bytes()
-        # Other threads, NCCL's watchdog among them, may ask CUDA what they like meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            result = work()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        failure: Exception | None = None
+        try:
+            # torch returns to the stream before only if all went well. Other threads, NCCL's
+            # watchdog among them, may ask CUDA what they like meanwhile.
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    result = work()
+                except Exception as error:  # noqa: BLE001  raised below
+                    failure = error
+        finally:
+            if failure is not None:  # it says more than why the recording cannot end
+                raise failure
         self.nbytes = max(0, _unused_bytes() - before)
         return result
 
@@ -70,12 +83,15 @@ class RecordedForward:
         inputs: FluxInputs,
         rotations: KeptRotations,
         compute: Callable[[FluxInputs], Tensor],
+        read: object = None,
     ) -> None:
         """``compute`` is what is recorded; it has run with such inputs just now. Raises as it does.
 
-        ``rotations``: the model's. What ``compute`` reads besides must stay where it is.
+        ``rotations``: the model's. What ``compute`` reads besides must stay where it is: ``read``
+        is kept alive.
         """
         self._graph = graph
+        self._read = read
         self._rotations = rotations
         self._inputs = replace(
             inputs, **{name: tensor.clone() for name, tensor in _on_device(inputs)}

@@ -3,14 +3,15 @@
 A recording costs as much as ten replays save, and memory. So short runs go without, and ranks that
 have all tokens of their rows, which the GPU keeps busy for longer than a launch takes, as well.
 
-Recording, and the first replay, are steps of all ranks of a group together. So every decision here
-follows from what all of them have seen, or is asked of all of them.
+Recording, and every replay, are steps of all ranks of a group together. So every decision here
+follows from what all of them have seen, or is asked of all of them. A replay's exchanges have no
+deadline of their own: a collective that has one must follow before a rank waits for the output.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from ..parallel.transformer import FluxInputs
 from ..reservation import Reservation
 from .recording import Graph, RecordedForward
 
-#: Equal keys: the same owner, code, exchange and kind of inputs.
+#: Equal keys: the same owner, code, exchange, kind of inputs and LoRAs.
 Key = tuple[object, *tuple[Hashable, ...]]
 
 _MOST = 4  # recordings at a time
@@ -40,6 +41,7 @@ class Recordable:
     compute: Callable[[FluxInputs], Tensor]
     rotations: KeptRotations
     nbytes: int  # of activations, at most
+    read: object = None  # by ``compute``, and kept by nobody else
 
 
 class Recordings:
@@ -67,45 +69,52 @@ class Recordings:
         self._kept.move_to_end(key)
         return self._kept[key].replay(inputs)
 
-    def offer(self, key: Key, make: Callable[[], Recordable | None]) -> None:
+    def offer(
+        self, key: Key, make: Callable[[], Recordable | None], *, trusted: bool = True
+    ) -> None:
         """A forward ran without one: record it if it is time for that.
 
         All ranks call it with the same keys. ``make`` gives None on a rank that is not ready; none
-        records then. A recording is kept if it gives, on every rank, what the forward gave.
+        records then. A recording is kept if it gives, on every rank, what the forward gave. Where
+        an owner is not ``trusted`` any more, on any rank, its recordings go.
         """
-        if self._make_graph is None or self.refusal is not None or not self._is_due(key):
+        if self._make_graph is None or self.refusal is not None:
+            return
+        times = self._count(key)
+        if self._kept and times.bit_count() == 1 and self._group.most(not trusted):
+            self._drop([kept for kept in self._kept if kept[0] is key[0]])
+        # At the first time that counts, and with twice the patience each time that it failed.
+        if times % _FIRST or (times // _FIRST).bit_count() != 1:
             return
         offered = make()
         if self._group.most(offered is None) or offered is None:
             return
-        if not self._reservation.has_room(2 * offered.nbytes):  # for others' forwards as well
-            return
-        self._make_room()
-        self._record(key, self._make_graph(), offered)
+        if self._reservation.has_room(2 * offered.nbytes):  # for others' forwards as well
+            self._record(key, self._make_graph(), offered)
 
     def forget(self) -> None:
         """Free them all, and begin anew."""
         self._seen.clear()
-        while self._kept:
-            self._drop_oldest()
+        self._drop(list(self._kept))
 
     def number(self, owner: object) -> int:
         """Of recordings that are somebody's."""
         return sum(key[0] is owner for key in self._kept)
 
-    def _is_due(self, key: Key) -> bool:
-        """At the first time that counts, and with twice the patience each time that it failed."""
+    def _count(self, key: Key) -> int:
         times = self._seen.pop(key, 0) + 1
         self._seen[key] = times
         while len(self._seen) > _MOST_COUNTED:
             self._seen.popitem(last=False)
-        return times % _FIRST == 0 and (times // _FIRST).bit_count() == 1
+        return times
 
     def _record(self, key: Key, graph: Graph, offered: Recordable) -> None:
         recorded, reason = None, ""
         self._reservation.trim()  # a graph has memory of its own, not what is cached
         try:
-            recorded = RecordedForward(graph, offered.inputs, offered.rotations, offered.compute)
+            recorded = RecordedForward(
+                graph, offered.inputs, offered.rotations, offered.compute, offered.read
+            )
         except torch.OutOfMemoryError:
             pass  # another time
         except Exception as error:  # noqa: BLE001  of CUDA, or of what is recorded
@@ -114,25 +123,24 @@ class Recordings:
             self._refuse(reason or "another rank could not record a forward")
         elif not self._group.most(recorded is None) and recorded is not None:
             output = recorded.replay(offered.inputs)
+            self._group.most(0)  # the collective with a deadline
             if self._group.most(not _same_bits(output, offered.output)):
                 self._refuse("a recorded forward gave something else than the forward itself")
                 return
             self._reservation.withhold(recorded.nbytes)
             self._kept[key] = recorded
+            self._drop(list(self._kept)[:-_MOST])
 
     def _refuse(self, reason: str) -> None:
         self.refusal = reason[:_LONGEST_REASON]
         self.forget()
 
-    def _make_room(self) -> None:
-        while len(self._kept) >= _MOST:
-            self._drop_oldest()
-
-    def _drop_oldest(self) -> None:
-        _, recorded = self._kept.popitem(last=False)
-        self._reservation.withhold(-recorded.nbytes)
-        if self._group.device.type == "cuda":
-            torch.cuda.synchronize()  # it may still run
+    def _drop(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self._reservation.withhold(-self._kept[key].nbytes)
+            if self._group.device.type == "cuda":
+                torch.cuda.synchronize()  # it may still run
+            del self._kept[key]
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

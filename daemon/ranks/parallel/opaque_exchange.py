@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..operators import define_operator
 from .attention import Exchange, LocalExchange
 from .ulysses import Make, Sent, begin_by_heads, pack, unpack, unpack_copy
 
@@ -135,24 +135,18 @@ def _describe_received(output: Tensor, after: Tensor | None) -> Tensor:
     return output.new_empty([batch, count, ways * heads, size])
 
 
-def _define(signature: str, run: Any, describe: Any) -> None:
-    library: Any = torch.library
-    name = "xdit_sidecar::" + signature.partition("(")[0]
-    library.define(name, signature[signature.index("(") :])
-    library.impl(name, "CompositeExplicitAutograd", run)
-    library.register_fake(name, describe)
-
-
 _SENT = "Tensor {0}_packed, Tensor {0}_received"
-_define(
+define_operator(
     "exchange_send(Tensor(a!) packed, Tensor? sent, Tensor(b!) next, Tensor(c!)? other=None)"
     " -> Tensor",
     _send,
     lambda packed, *order: packed.new_empty(packed.shape),
 )
-_define(
+define_operator(
     f"exchange_attend({', '.join(_SENT.format(name) for name in ('q', 'k', 'v'))}) -> Tensor",
     _attend,
     lambda packed, *others: packed.new_empty(packed.shape),
 )
-_define("exchange_receive(Tensor output, Tensor? after) -> Tensor", _receive, _describe_received)
+define_operator(
+    "exchange_receive(Tensor output, Tensor? after) -> Tensor", _receive, _describe_received
+)

@@ -104,7 +104,7 @@ class HeadExchange:
 
     def attend(self, query: Sent, key: Sent, value: Sent) -> Tensor:
         """See `HeadSteps.attend`."""
-        self._wait()
+        self.join()
         ways, batch, count, heads, size = query.received.shape
         tensors = (
             sent.received.transpose(0, 1).reshape(batch, ways * count, heads, size)
@@ -118,19 +118,20 @@ class HeadExchange:
 
         In memory of its own: compiled code that reads what is packed is ten times as slow.
         """
-        self._wait()
+        self.join()
         return unpack_copy(output)
+
+    def join(self) -> None:
+        """Have what the device does next wait for what is under way."""
+        for work, _ in self._under_way:
+            work.wait()
+        self._under_way.clear()
 
     def _send(self, packed: Tensor) -> Tensor:
         received = torch.empty_like(packed)
         work = dist.all_to_all_single(received, packed, group=self._group, async_op=True)
         self._under_way.append((work, packed))
         return received
-
-    def _wait(self) -> None:
-        for work, _ in self._under_way:
-            work.wait()
-        self._under_way.clear()
 
 
 def exchange_shares(shares: Tensor, group: Any) -> Tensor:

@@ -364,7 +364,7 @@ def record_shares(place: Place, *, runs: list[tuple[list[int], int]], later: int
         inputs = FluxInputs(**make_inputs(number, *lengths, 1, torch.float32))
         given = shares.forward(context, inputs)
         same.append(torch.equal(given, flux.forward(context, inputs)))
-        recorded.append(recordings.number(shares.owner))
+        recorded.append(shares.recorded)
         while number >= patience and shares.compilation.next_piece is not None:
             shares.compile_piece()
     found = {"same": same, "recorded": recorded, "refusal": recordings.refusal}

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import lora_files
 import pytest
 import torch
 from flux_inputs import comfy_inputs
@@ -81,9 +82,22 @@ def test_ranks_compile_while_they_are_idle(tmp_path: Path, common_cache: Path) -
                 assert difference(user.forward(call), alone) <= EXACT
             assert [transformer.state for transformer in told(scene.status)] == ["compiled"]
             assert scene.rank_pids == [pid]  # a piece may take longer than a turn
+            # With a LoRA, code of its own; what is added is not compiled.
+            tensors = lora_files.neutral(SMALL, 1)
+            with user.lora(tmp_path / "lora.safetensors", tensors) as lora:
+                job = user.job(adapters=[m.Adapter(lora)])
+                styled = user.forward(calls[0], job=job)
+                assert difference(styled, expected[0]) > 1e-2
+                wait_for_state(scene, "compiling", 5)
+                wait_for_state(scene, "compiled")
+                for _ in range(2):
+                    assert difference(user.forward(calls[0], job=job), styled) <= EXACT
+                    assert difference(user.forward(calls[0]), expected[0]) <= EXACT
+            assert scene.rank_pids == [pid]
             assert "not-compiled" not in scene.daemon.log
         with scene.daemon.client("evictor") as client:
-            client.evict(user.fingerprint, "cpu")
+            for fingerprint in (user.fingerprint, lora):
+                client.evict(fingerprint, "cpu")
         scene.daemon.wait_for_status(lambda status: not status.components)
         assert maps(pid) == 0  # compiled code holds nothing of the weights
         assert told(scene.status) == []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import lora_files
@@ -12,27 +10,12 @@ import pytest
 import torch
 from flux_inputs import comfy_inputs, run_diffusers
 from ranks_scene import SMALL, FluxFile, RanksScene, User
-from safetensors.torch import save_file
 from xdit_sidecar.daemon.ranks.flux.model import build_flux
 from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.client.attachment import Attachment
-from xdit_sidecar.protocol.component_file import ComponentFile, hand_over_file
 from xdit_sidecar.protocol.errors import BadJob
-from xdit_sidecar.protocol.safetensors_file import SafetensorsFile
 
 Tensors = dict[str, torch.Tensor]
-
-
-@contextlib.contextmanager
-def lora(user: User, path: Path, tensors: Tensors) -> Iterator[str]:
-    """The fingerprint of a LoRA that the user has handed over."""
-    save_file(tensors, path)
-    with SafetensorsFile.open(path) as file:
-        held = hand_over_file(user.client, ComponentFile(file, role="lora"), "cpu")
-    try:
-        yield held.component.fingerprint
-    finally:
-        held.release()
 
 
 def checksum(held: Attachment) -> str:
@@ -60,7 +43,7 @@ def test_it_is_the_patched_model(
     tensors = lora_files.neutral(SMALL, 3, alpha=2.0)
     stored = tensors if layout == "neutral" else lora_files.kohya(SMALL, 3, alpha=2.0)
     inputs = comfy_inputs(SMALL)
-    with lora(user, tmp_path / "lora.safetensors", stored) as fingerprint:
+    with user.lora(tmp_path / "lora.safetensors", stored) as fingerprint:
         found = user.forward(inputs, job=user.job(adapters=[m.Adapter(fingerprint, 0.6)]))
     expected = run_diffusers(patched(scene.file("small"), tensors, 0.6), inputs)
     assert (found - expected).abs().max() < 1e-4
@@ -72,8 +55,8 @@ def test_two_clients_in_turns_one_with_and_one_without(scene: RanksScene, tmp_pa
     with (
         scene.user(name="plain") as plain,
         scene.user(name="styled") as styled,
-        lora(styled, tmp_path / "lora.safetensors", lora_files.neutral(SMALL, 1)) as one,
-        lora(styled, tmp_path / "other.safetensors", lora_files.neutral(SMALL, 2)) as other,
+        styled.lora(tmp_path / "lora.safetensors", lora_files.neutral(SMALL, 1)) as one,
+        styled.lora(tmp_path / "other.safetensors", lora_files.neutral(SMALL, 2)) as other,
     ):
         before = checksum(plain.held)
         stacks = [
@@ -116,7 +99,7 @@ WRONG: dict[str, Tensors] = {
 def test_what_is_no_lora_of_this_model(user: User, tmp_path: Path, name: str) -> None:
     inputs = comfy_inputs(SMALL)
     with (
-        lora(user, tmp_path / "lora.safetensors", WRONG[name]) as fingerprint,
+        user.lora(tmp_path / "lora.safetensors", WRONG[name]) as fingerprint,
         pytest.raises(BadJob),
     ):
         user.forward(inputs, job=user.job(adapters=[m.Adapter(fingerprint)]))
