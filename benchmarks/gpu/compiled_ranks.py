@@ -22,6 +22,7 @@ def wait_until_compiled(client: Client, seconds: float = 240.0) -> int:
         time.sleep(0.1)
     for one in told:
         products = " with fp8 products" if one.fp8_matmul else ""
-        how = f"{one.compute}{products}: {one.state} {one.reason or ''}"
+        lora = ", with LoRA" if one.lora else ""
+        how = f"{one.compute}{products}{lora}: {one.state} {one.reason or ''}"
         print(f"{one.label}, {how}", flush=True)
     return sum(one.state != "compiled" for one in told) if told else 1

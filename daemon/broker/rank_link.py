@@ -91,7 +91,14 @@ class RankLink:
         self.copied = request.copied
         for told in request.transformers:
             if told.state == "refused" and told not in self.transformers:
-                log("not-compiled", "warning", rank=self.rank, model=told.label, reason=told.reason)
+                log(
+                    "not-compiled",
+                    "warning",
+                    rank=self.rank,
+                    model=told.label,
+                    lora=told.lora,
+                    reason=told.reason,
+                )
         self.transformers = request.transformers
         future = self._running.pop(request.task, None)
         if future is not None and not future.done() and request.outcome is not None:

@@ -89,7 +89,8 @@ def describe_status(
         for told in rank.transformers:
             reason = f" ({told.reason})" if told.reason else ""
             products = " with fp8 products" if told.fp8_matmul else ""
-            how = f"{told.compute}{products}: {told.state}{reason}{_recorded(told)}"
+            lora = ", with LoRA" if told.lora else ""
+            how = f"{told.compute}{products}{lora}: {told.state}{reason}{_recorded(told)}"
             yield f"rank {rank.rank}: {told.label}, {how}"
     for session in sessions:
         for line in session.meaning:

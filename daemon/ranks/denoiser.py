@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -99,6 +100,24 @@ class _Resident:
             self.flux, KvStore(max_entries=_MOST_RUNS, max_bytes=_RUN_BYTES)
         )
 
+    def tell(self, not_recorded: str | None) -> Iterator[m.TransformerStatus]:
+        """How forwards without LoRA run, and those with, as far as there were any."""
+        for lora in (False, True):
+            ways = [forward for (_, branched), forward in self.compiled.items() if branched is lora]
+            if not ways:
+                continue
+            most_telling = min((each.compilation for each in ways), key=_rank_by_state)
+            yield m.TransformerStatus(
+                label=self.label,
+                compute=self.compute,
+                fp8_matmul=self.fp8_matmul,
+                lora=lora,
+                state=most_telling.state,
+                reason=most_telling.reason,
+                recorded=sum(each.recorded for each in ways),
+                not_recorded=not_recorded,
+            )
+
 
 class Denoiser:
     """All ranks of a group call :meth:`predict` with equal arguments, in the same order."""
@@ -183,19 +202,12 @@ class Denoiser:
 
     def transformers(self) -> list[m.TransformerStatus]:
         """How forwards of each resident transformer run; none where nothing is ever compiled."""
-        return [
-            m.TransformerStatus(
-                label=resident.label,
-                compute=resident.compute,
-                fp8_matmul=resident.fp8_matmul,
-                state=compilation.state,
-                reason=reason,
-                recorded=sum(compiled.recorded for compiled in resident.compiled.values()),
-                not_recorded=self._recordings.refusal,
-            )
-            for resident in self._components.built(_Resident)[: limits.TRANSFORMERS]
-            for compilation, reason in _most_telling(resident.compiled)
-        ]
+        told = (
+            status
+            for resident in self._components.built(_Resident)
+            for status in resident.tell(self._recordings.refusal)
+        )
+        return list(islice(told, limits.TRANSFORMERS))
 
     @property
     def copied_bytes(self) -> int:
@@ -242,15 +254,20 @@ class Denoiser:
         self, resident: _Resident, config: ParallelConfig, *, branched: bool
     ) -> CompiledForward:
         ways = config.ulysses if config.sequence > 1 else 0
-        if (ways, branched) not in resident.compiled:
-            resident.compiled[ways, branched] = (
+        key = (ways, branched)
+        if key not in resident.compiled:
+            resident.compiled[key] = (
                 CompiledShares(
-                    resident.flux, ways=ways, refusal=self._refusal, recordings=self._recordings
+                    resident.flux,
+                    ways=ways,
+                    branched=branched,
+                    refusal=self._refusal,
+                    recordings=self._recordings,
                 )
                 if ways
-                else CompiledForward(resident.flux, refusal=self._refusal)
+                else CompiledForward(resident.flux, branched=branched, refusal=self._refusal)
             )
-        return resident.compiled[ways, branched]
+        return resident.compiled[key]
 
     def _context(
         self, options: DenoiserOptions, resident: _Resident, inputs: FluxInputs
@@ -311,18 +328,11 @@ def _activations(resident: _Resident, inputs: FluxInputs, degrees: ParallelConfi
     )
 
 
+def _rank_by_state(compilation: Compilation) -> int:
+    """Of several ways to share a forward, that which waits for an idle moment is told about."""
+    return ("compiling", "refused", "compiled", "eager").index(compilation.state)
+
+
 def _is_neutral(names: Iterable[str]) -> bool:
     """Whether a LoRA has the layout that :class:`.flux.adapters.LoraStack` reads."""
     return all(name.endswith((".down", ".up", ".alpha")) for name in names)
-
-
-def _most_telling(
-    compiled: Mapping[tuple[int, bool], CompiledForward],
-) -> list[tuple[Compilation, str | None]]:
-    """Of the ways to run a transformer the one to tell about, and its reason, if there is any."""
-    order = ("refused", "compiling", "compiled", "eager")
-    told = []
-    for (_, branched), forward in compiled.items():
-        compilation, reason = forward.compilation, forward.compilation.reason
-        told.append((compilation, f"with LoRA: {reason}" if branched and reason else reason))
-    return sorted(told, key=lambda each: order.index(each[0].state))[:1]

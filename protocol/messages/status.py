@@ -59,11 +59,12 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TransformerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """How a rank runs the forwards of a transformer in one dtype."""
+    """How a rank runs the forwards of a transformer in one dtype, with LoRAs or without."""
 
     label: Name
     compute: ComputeDtype
     fp8_matmul: bool = False
+    lora: bool = False  # since 1.2
     state: Literal["eager", "compiling", "compiled", "refused"]  # "compiling": or waits for it
     reason: Name | None = None  # why it is refused
     # Kinds of forwards that the GPU repeats as one; since 1.2.

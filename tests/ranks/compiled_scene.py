@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flux_files
@@ -30,14 +30,22 @@ class Scene:
 
     exchange: Exchange | None = None
 
-    def __init__(self, backend: str | Callable[..., Any], device: str = "cpu") -> None:
+    def __init__(
+        self,
+        backend: str | Callable[..., Any],
+        device: str = "cpu",
+        *,
+        branched: bool = False,
+        weights: Mapping[str, Tensor] = WEIGHTS,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         load_xfuser(torch.device(device))
         # Code is kept by function, so another test's would be found.
         torch.compiler.reset()
         counters.clear()
-        weights = {name: tensor.to(device) for name, tensor in WEIGHTS.items()}
-        self.flux = ParallelFlux(build_flux(CONFIG, weights, torch.float32).model)
-        self.forward = CompiledForward(self.flux, backend=backend)
+        there = {name: tensor.to(device) for name, tensor in weights.items()}
+        self.flux = ParallelFlux(build_flux(CONFIG, there, dtype).model)
+        self.forward = CompiledForward(self.flux, branched=branched, backend=backend)
 
     @property
     def graphs(self) -> int:
@@ -78,7 +86,10 @@ def inputs(
     rows: int = 1,
     device: str = "cpu",
     seed: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> FluxInputs:
-    given = comfy_inputs(FLUX, height=height, width=width, text=text, batch=rows, seed=seed)
+    given = comfy_inputs(
+        FLUX, height=height, width=width, text=text, batch=rows, seed=seed, dtype=dtype
+    )
     on_device = {name: tensor.to(device) for name, tensor in given.items()}
-    return to_inputs(CONFIG, **on_device, compute_dtype=torch.float32)[0]  # type: ignore[arg-type]
+    return to_inputs(CONFIG, **on_device, compute_dtype=dtype)[0]  # type: ignore[arg-type]

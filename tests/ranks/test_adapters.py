@@ -164,6 +164,17 @@ def test_a_stack_of_another_model_leaves_no_branch_behind() -> None:
     assert not changed(model)
 
 
+def test_layers_with_one_weight_are_told_apart_or_refused() -> None:
+    model = build_flux(CONFIG, flux_files.random_weights(TINY), torch.float32).model
+    queries = [model.get_submodule(f"transformer_blocks.{n}.attn.to_q") for n in range(2)]
+    queries[0].weight = queries[1].weight  # type: ignore[assignment]
+    stack = stack_of((only(lora_files.neutral(TINY), QKV), 1.0))
+    with pytest.raises(ValueError, match="to_q has its weight in common"), applied(model, stack):
+        pass
+    with applied(model, stack_of((only(lora_files.neutral(TINY), LINEAR1), 1.0))):
+        run_diffusers(model, comfy_inputs(TINY))
+
+
 def test_nested_stacks_add_up(plain: torch.Tensor) -> None:
     one, other = lora_files.neutral(TINY, 1), lora_files.neutral(TINY, 2)
     model = build_flux(CONFIG, flux_files.random_weights(TINY), torch.float32).model

@@ -6,10 +6,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import flux_files
 import lora_files
 import pytest
 import torch
-from ranks.compiled_scene import CONFIG, FLUX, Scene, inputs
+from ranks.compiled_scene import CONFIG, FLUX, WEIGHTS, Scene, inputs
 from torch import Tensor, fx
 from xdit_sidecar.daemon.ranks.flux.adapters import LoraStack, applied
 from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledForward, CompiledShares
@@ -62,19 +63,19 @@ def test_sizes_share_code_and_agree() -> None:
     assert (scene.state, scene.graphs) == ("compiled", 4)
 
 
-def stack_of(*seeds: int, only: str = "") -> LoraStack:
+def stack_of(*seeds: int, only: str = "", dtype: torch.dtype = torch.float32) -> LoraStack:
     """A LoRA for each seed, for modules whose names begin with ``only``."""
     loras = [
         ({n: t for n, t in lora_files.neutral(FLUX, seed).items() if n.startswith(only)}, 1.0)
         for seed in seeds
     ]
-    return LoraStack.build(CONFIG, loras, torch.float32, "cpu")
+    return LoraStack.build(CONFIG, loras, dtype, "cpu")
 
 
 # The second moves changes in place out of what it compiles, and back, as inductor does.
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_branches_share_code(backend: str) -> None:
-    scene = Scene(backend)
+    scene = Scene(backend, branched=True)
     first, one = inputs(), stack_of(1)
     plain = scene.flux.compute(first)
     with applied(scene.flux.model, one):
@@ -98,7 +99,7 @@ def test_branches_share_code(backend: str) -> None:
 
 def test_code_with_branches_and_without_are_apart() -> None:
     scene = Scene("eager")
-    branched = CompiledForward(scene.flux, backend="eager")
+    branched = CompiledForward(scene.flux, branched=True, backend="eager")
     first, stack = inputs(), stack_of(1)
     plain = scene.flux.compute(first)
     for forward, loras in ((scene.forward, None), (branched, stack)):
@@ -115,7 +116,7 @@ def test_code_with_branches_and_without_are_apart() -> None:
 
 
 def test_what_waits_to_be_compiled_keeps_no_lora_alive() -> None:
-    scene = Scene("eager")
+    scene = Scene("eager", branched=True)
     stack = stack_of(1)
     scene.compute(inputs(), stack)
     assert scene.state == "compiling"
@@ -123,6 +124,33 @@ def test_what_waits_to_be_compiled_keeps_no_lora_alive() -> None:
     scene.forward.forget_stack()
     del stack
     assert (scene.state, alive()) == ("eager", None)
+
+
+def test_what_is_refused_keeps_no_lora_alive() -> None:
+    scene = Scene(perturbing, branched=True)
+    stack = stack_of(1)
+    scene.compute(inputs(), stack)
+    alive = weakref.ref(stack)
+    del stack
+    assert alive() is not None
+    scene.compile()
+    assert (scene.state, alive()) == ("refused", None)
+
+
+def test_branches_beside_layers_that_cast_at_use_and_an_exchange() -> None:
+    weights = flux_files.store(WEIGHTS, "F8_E4M3", scales="scaled_fp8")
+    scene = Scene("aot_eager", weights=weights, dtype=torch.bfloat16)
+    shares = CompiledShares(scene.flux, ways=2, branched=True, backend="aot_eager")
+    first = inputs(dtype=torch.bfloat16)
+    stacks = [stack_of(seed, dtype=torch.bfloat16) for seed in (1, 2)]
+    for number, stack in enumerate(stacks):
+        with applied(scene.flux.model, stack), torch.no_grad():
+            expected = scene.flux.compute(first, Doubling())
+            for _ in range(2):
+                assert torch.equal(shares._compute(first, Doubling(), stack), expected)
+                while not number and shares.compilation.next_piece is not None:
+                    shares.compile_piece()
+    assert (shares.compilation.state, scene.graphs) == ("compiled", 2)
 
 
 def test_wrong_code_is_refused() -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import lora_files
@@ -87,6 +88,9 @@ class Group(RankGroup):
         return max(number, self.answers.pop(0)) if self.answers else number
 
 
+_SCENES: list[RecordingScene] = []
+
+
 class HeadsOfOne(HeadExchange):
     """The exchange of a rank that is alone."""
 
@@ -106,10 +110,14 @@ class RecordingScene(Scene):
     exchange = AloneByHeads(TokenSplit(9, 1, 0), TokenSplit(30, 1, 0), 1)
 
     def __init__(self, stack: LoraStack | None = None) -> None:
-        """``stack``: of the first forward."""
+        """``stack``: of the first forward. No other scene has code afterwards."""
+        _SCENES.clear()
         self.group = Group(0, 1, torch.device(DEVICE), "gloo", 10.0)
         super().__init__("eager", DEVICE)
-        self.forward = self.shares = CompiledShares(self.flux, ways=1, backend="eager")
+        branched = stack is not None
+        self.forward = self.shares = CompiledShares(
+            self.flux, ways=1, branched=branched, backend="eager"
+        )
         self.compute(given(), stack)
         self.compile()
         assert self.state == "compiled"
@@ -144,14 +152,11 @@ class RecordingScene(Scene):
         return self.shares.recorded
 
 
-_SCENES: list[RecordingScene] = []
-
-
 @pytest.fixture
 def compiled() -> RecordingScene:
-    """One for all tests but those that take it away."""
+    """One for as many tests as need no other."""
     if not _SCENES:
-        _SCENES.append(RecordingScene())
+        _SCENES[:] = [RecordingScene()]
     return _SCENES[0]
 
 
@@ -345,6 +350,42 @@ def test_a_device_that_cannot_is_not_asked_again(compiled: RecordingScene) -> No
         assert not torch.cuda.is_current_stream_capturing()
         torch.cuda.empty_cache()
         scene.expect()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="stands for CUDA where there is none")
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_fails_is_told_and_kept_by_nobody(monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+    """Not even until garbage is collected: there is want of memory."""
+
+    @contextmanager
+    def capture(*_: object, **__: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if not ends:
+                raise RuntimeError("the capture cannot end")
+
+    for name in ("synchronize", "empty_cache", "CUDAGraph", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    activations = torch.zeros(3)
+    alive = weakref.ref(activations)
+
+    def work(activations: Tensor = activations) -> Tensor:
+        raise torch.OutOfMemoryError(f"{activations.shape} is too much")
+
+    gc.disable()
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="too much"):
+            CudaGraph().record(work)
+        del work, activations
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_want_of_memory_is_no_reason_for_ever(compiled: RecordingScene) -> None:

@@ -9,6 +9,7 @@ in :mod:`...models.lora_layout`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,15 +116,19 @@ class LoraStack:
         """The model's linear layers, and what is added to which.
 
         They are looked up at the first call for a model and must not be replaced afterwards.
-        Raises ValueError if the model lacks one: then the stack was built for another config.
+        Raises ValueError if the model lacks one: then the stack was built for another config; and
+        for a weight that several layers have, because branches are found by it.
         """
         found = self._places.get(model)
         if found is None:
             layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-            added = {
-                _linear(model, name).weight.data_ptr(): branches
-                for name, branches in self.branches.items()
-            }
+            times = Counter(layer.weight.data_ptr() for layer in layers)
+            added = {}
+            for name, branches in self.branches.items():
+                at = _linear(model, name).weight.data_ptr()
+                if times[at] > 1:
+                    raise ValueError(f"{name} has its weight in common with another layer")
+                added[at] = branches
             found = self._places[model] = _Places(layers, added)
         return found
 

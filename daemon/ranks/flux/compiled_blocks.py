@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from .compilation import BLOCK_KINDS, BlockKind
 # Each of some ten roundings to bf16 (2**-9 at most) that only one of the two makes counts 0.002 or
 # less; a missing or wrong term counts 0.1 and more. fp32 is bound by the order of summation.
 _BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-_RECOMPILES = 64  # variants of one function that torch keeps: kinds × dtypes × _MOST_COMPILED
+# Variants of one function that torch keeps, for all transformers together: kinds × dtypes and kinds
+# of layers × ways to share × _MOST_COMPILED.
+_RECOMPILES = 256
 
 Call = Callable[..., Any]
 
@@ -43,8 +46,14 @@ class CompiledBlocks:
     ``backend`` is one of torch.compile's.
     """
 
-    def __init__(self, model: Any, backend: str | Call = "inductor") -> None:
-        """``model`` is a FluxTransformer2DModel on its device."""
+    def __init__(
+        self, model: Any, backend: str | Call = "inductor", *, branched: bool = False
+    ) -> None:
+        """``model`` is a FluxTransformer2DModel on its device.
+
+        ``branched``: whether its layers are those of :mod:`.branches` whenever it runs.
+        """
+        self._branched = branched
         self._blocks: dict[BlockKind, list[nn.Module]] = {
             "double": list(model.transformer_blocks),
             "single": list(model.single_transformer_blocks),
@@ -90,9 +99,9 @@ class CompiledBlocks:
         return self._calls[kind]
 
     def _compile(self, block: nn.Module) -> Call:
-        compiled: Call = torch.compile(
-            block._call_impl, fullgraph=True, dynamic=True, backend=self._backend
-        )
+        # torch finds code by function, and may not look at what classes layers have.
+        call = MethodType(_call_branched, block) if self._branched else block._call_impl
+        compiled: Call = torch.compile(call, fullgraph=True, dynamic=True, backend=self._backend)
         return compiled
 
     @contextmanager
@@ -106,6 +115,10 @@ class CompiledBlocks:
         finally:
             for block in blocks:
                 block._compiled_call_impl = None
+
+
+def _call_branched(block: Any, **given: Any) -> Any:
+    return block._call_impl(**given)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ those without.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -48,8 +49,8 @@ class _Seen(NamedTuple):
 class CompiledForward:
     """Around one transformer in one dtype, for ranks that have all tokens of their rows.
 
-    ``refusal`` says why it must not be compiled. Forwards come all with a LoRA stack, or all
-    without, and within `applied`.
+    ``refusal`` says why it must not be compiled. Forwards come all with a LoRA stack, if they are
+    ``branched``, or all without, and within `applied`.
     """
 
     _alone: Exchange | None = None  # what blocks attend by while a rank tries them
@@ -58,6 +59,7 @@ class CompiledForward:
         self,
         flux: ParallelFlux,
         *,
+        branched: bool = False,
         refusal: str | None = None,
         backend: str | Call = "inductor",
     ) -> None:
@@ -65,7 +67,7 @@ class CompiledForward:
         if refusal is not None:
             self.compilation.refuse(refusal)
         self._flux = flux
-        self._blocks = CompiledBlocks(flux.model, backend)
+        self._blocks = CompiledBlocks(flux.model, backend, branched=branched)
         self._seen: _Seen | None = None  # to compile with
 
     @property
@@ -109,11 +111,15 @@ class CompiledForward:
         except (CannotJudge, OutOfMemoryError):
             self.compilation.put_off()
         except Exception as error:  # noqa: BLE001  of the compiler, or Disagreement
-            self.compilation.refuse(_explain(error))
+            self._refuse(error)
         else:
             self.compilation.piece_agreed()
         if self.compilation.next_piece is None:
             self._seen = None
+
+    def _refuse(self, error: Exception) -> None:
+        self.compilation.refuse(_explain(error))
+        self._seen = None
 
     def _serve(self, asked: Asked, rows: FluxInputs, exchange: Exchange | None) -> Tensor:
         asked.reserve()
@@ -150,7 +156,7 @@ class CompiledForward:
         except NeedsCode:
             self.compilation.leave_uncovered(sizes)
         except Exception as error:  # noqa: BLE001  what eager forwards raise, they raise again
-            self.compilation.refuse(_explain(error))
+            self._refuse(error)
         return None
 
     def _try_compared(self, sizes: Sizes, rows: FluxInputs) -> Tensor | None:
@@ -162,7 +168,7 @@ class CompiledForward:
         except (CannotJudge, OutOfMemoryError):
             pass  # both ways take a little more room than one
         except Exception as error:  # noqa: BLE001  as above
-            self.compilation.refuse(_explain(error))
+            self._refuse(error)
         else:
             self.compilation.agree(sizes)
             return output
@@ -182,12 +188,13 @@ class CompiledShares(CompiledForward):
         flux: ParallelFlux,
         *,
         ways: int,
+        branched: bool = False,
         refusal: str | None = None,
         backend: str | Call = "inductor",
         recordings: Recordings | None = None,
     ) -> None:
         """``ways``: the ulysses degree of the contexts that come."""
-        super().__init__(flux, refusal=refusal, backend=backend)
+        super().__init__(flux, branched=branched, refusal=refusal, backend=backend)
         self._alone = OpaqueExchange(ways)
         self._recordings = recordings
         self._owner = object()  # of its recordings, which must not keep the weights alive
@@ -226,7 +233,8 @@ class CompiledShares(CompiledForward):
                 with exchanging(exchange):
                     return self._run_compiled(rows)
             except Exception:
-                by_heads.join()  # no recording can end before
+                with suppress(Exception):  # of CUDA, because of the first one
+                    by_heads.join()  # no recording can end before
                 raise
 
         return Recordable(rows, output, compute, self._flux.rotations, asked.nbytes, asked.stack)

@@ -5,7 +5,8 @@ On two H200s a compiled step at 1024² is two thousand kernels of 75 ms, and 95 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from typing import Protocol
@@ -51,21 +52,25 @@ class CudaGraph:
         torch.cuda.empty_cache()
         before = _unused_bytes()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        failure: Exception | None = None
+        own: list[Exception] = []  # emptied, as its frames hold all that there was
         try:
             # torch returns to the stream before only if all went well. Other threads, NCCL's
             # watchdog among them, may ask CUDA what they like meanwhile.
             with (
+                _workspaces_apart(),
                 torch.cuda.stream(stream),
                 torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
             ):
                 try:
                     result = work()
-                except Exception as error:  # noqa: BLE001  raised below
-                    failure = error
-        finally:
-            if failure is not None:  # it says more than why the recording cannot end
-                raise failure
+                except Exception as error:
+                    own.append(error)
+                    raise
+        except Exception:
+            if not own:
+                raise
+        if own:  # it says more than why the capture could not end because of it
+            raise own.pop()
         self.nbytes = max(0, _unused_bytes() - before)
         return result
 
@@ -134,6 +139,19 @@ def _tables(rotations: KeptRotations, inputs: FluxInputs) -> Tables:
     """As the model asks for them."""
     tables: Tables = rotations(torch.cat([inputs.txt_ids, inputs.img_ids]))
     return tables
+
+
+@contextmanager
+def _workspaces_apart() -> Iterator[None]:
+    """Within it cuBLAS makes workspaces of its own, which nobody uses afterwards.
+
+    torch keeps one for each stream: a recording would use another one's, which may be freed.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _unused_bytes() -> int:

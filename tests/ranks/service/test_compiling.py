@@ -52,8 +52,14 @@ def told(status: m.Status) -> list[m.TransformerStatus]:
 
 
 def wait_for_state(scene: RanksScene, state: str, seconds: float = COMPILE_SECONDS) -> m.Status:
+    return wait_for_states(scene, [state], seconds)
+
+
+def wait_for_states(
+    scene: RanksScene, states: list[str], seconds: float = COMPILE_SECONDS
+) -> m.Status:
     return scene.daemon.wait_for_status(
-        lambda status: [transformer.state for transformer in told(status)] == [state], seconds
+        lambda status: [transformer.state for transformer in told(status)] == states, seconds
     )
 
 
@@ -88,8 +94,11 @@ def test_ranks_compile_while_they_are_idle(tmp_path: Path, common_cache: Path) -
                 job = user.job(adapters=[m.Adapter(lora)])
                 styled = user.forward(calls[0], job=job)
                 assert difference(styled, expected[0]) > 1e-2
-                wait_for_state(scene, "compiling", 5)
-                wait_for_state(scene, "compiled")
+                assert [(t.lora, t.state) for t in told(scene.status)] == [
+                    (False, "compiled"),
+                    (True, "compiling"),
+                ]
+                wait_for_states(scene, ["compiled", "compiled"])
                 for _ in range(2):
                     assert difference(user.forward(calls[0], job=job), styled) <= EXACT
                     assert difference(user.forward(calls[0]), expected[0]) <= EXACT
