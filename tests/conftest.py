@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -29,6 +30,11 @@ pytest_plugins = ["pytester"]
 hypothesis.settings.register_profile("xdit-sidecar", deadline=None)
 hypothesis.settings.load_profile("xdit-sidecar")
 leaks.mark_children()
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So it is for what a shell runs in the background, and for all that this starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ TOLD = {signal.SIGKILL: 2.0, signal.SIGSTOP: DEADLINE + 2.0}  # seconds until a 
 LATE = 10  # times that: a machine may be busy, a client that hangs is another thing
 _KEEPER_SECONDS = 30.0  # a keeper is asked every 2 s and has 10 s to answer
 _PAUSE = 1.5  # seconds that a broker stands still
+_SETTLE_SECONDS = 20.0
 
 # "waiting": a picture was begun and has no turn, which is nothing to keepers and brokers.
 PHASES = ("idle", "loading", "forward", "decode", "waiting")
@@ -200,11 +201,15 @@ class Footprint:
 
     def check(self, scene: RanksScene) -> None:
         """AssertionError if there is more of anything now."""
-        now = Footprint.of(scene)
-        more = {name: n - self.counts[name] for name, n in now.counts.items()}
-        leaked = {name: count for name, count in more.items() if count > 0}
+        until = time.monotonic() + _SETTLE_SECONDS
+        while (leaked := self._more(now := Footprint.of(scene))) and time.monotonic() < until:
+            time.sleep(0.5)  # nobody waits for what is evicted soon
         assert not leaked, f"left behind: {leaked}"
         assert now.files == self.files
+
+    def _more(self, now: Footprint) -> dict[str, int]:
+        more = {name: n - self.counts[name] for name, n in now.counts.items()}
+        return {name: count for name, count in more.items() if count > 0}
 
 
 def keeper_pid(scene: RanksScene) -> int:
