@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from xdit_sidecar.daemon.commands.status import describe_transformer
 from xdit_sidecar.protocol import messages as m
 from xdit_sidecar.protocol.client.client import Client
 
@@ -21,8 +22,5 @@ def wait_until_compiled(client: Client, seconds: float = 240.0) -> int:
             break
         time.sleep(0.1)
     for one in told:
-        products = " with fp8 products" if one.fp8_matmul else ""
-        lora = ", with LoRA" if one.lora else ""
-        how = f"{one.compute}{products}{lora}: {one.state} {one.reason or ''}"
-        print(f"{one.label}, {how}", flush=True)
+        print(describe_transformer(one), flush=True)
     return sum(one.state != "compiled" for one in told) if told else 1

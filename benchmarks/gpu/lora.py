@@ -23,6 +23,7 @@ from figures import Figure  # noqa: E402
 from flux_files import DEV  # noqa: E402
 from flux_forward import difference, fill_randomly  # noqa: E402
 from full_size import (  # noqa: E402
+    SAME,
     Bench,
     forward_job,
     make_call,
@@ -35,13 +36,11 @@ from xdit_sidecar.protocol import messages as m  # noqa: E402
 from xdit_sidecar.protocol.client.attachment import Attachment  # noqa: E402
 from xdit_sidecar.protocol.client.client import Client  # noqa: E402
 from xdit_sidecar.protocol.client.remote import RemoteRanks  # noqa: E402
-from xdit_sidecar.protocol.regions.cuda_driver import CudaDriver  # noqa: E402
 
 RANK = 16
 STRENGTH = 4.0  # a third of what the random weights do
 FORWARDS = 10
 WARM = 8  # a recording is made at the sixth
-SAME = 0.03  # two bf16 forwards that round at different places
 
 
 def make_lora() -> m.Component:
@@ -89,13 +88,11 @@ def measure(
 def main() -> int:
     """Write ``gpu-lora.json`` into the directory given."""
     bench = Bench(Path(sys.argv[1]) / "gpu-lora.json")
-    driver = CudaDriver.load()
-    devices = [driver.device_uuid(ordinal) for ordinal in range(driver.device_count())]
     outputs: dict[str, torch.Tensor] = {}
     modes: tuple[m.Compile, ...] = ("off", "auto")
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
-        for world in sorted({1, len(devices)}):
-            used = devices[:world]
+        for world in sorted({1, len(bench.devices)}):
+            used = bench.devices[:world]
             for mode in modes:
                 run_daemon(
                     bench,

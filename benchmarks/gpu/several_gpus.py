@@ -34,6 +34,7 @@ from device_memory import read_memory  # noqa: E402
 from flux_forward import difference  # noqa: E402
 from full_size import (  # noqa: E402
     FINGERPRINTS,
+    SAME,
     Bench,
     forward_job,
     make_call,
@@ -43,6 +44,7 @@ from full_size import (  # noqa: E402
     run_daemon,
 )
 from report.speeds import read_speeds  # noqa: E402
+from xdit_sidecar.daemon.commands.status import describe_transformer  # noqa: E402
 from xdit_sidecar.protocol import messages as m  # noqa: E402
 from xdit_sidecar.protocol.client.attachment import Attachment  # noqa: E402
 from xdit_sidecar.protocol.client.client import Client  # noqa: E402
@@ -54,8 +56,6 @@ WORLDS = (1, 2, 4, 8)
 MODES: tuple[m.Compile, ...] = ("off", "auto")
 # Latent rows and columns, text tokens; the second divides by nothing.
 FORWARDS = [(128, 128, 512), (125, 121, 509)]
-# Two bf16 forwards that round at different places: 0.0176 was measured with random weights.
-SAME = 0.03
 REPEATED = 8  # forwards; a recording is made at the sixth
 STEPS = 28
 PICTURES = (1024, 2048)  # pixels of a side
@@ -116,7 +116,7 @@ class Comparison:
             output = remote.run(forward_job(), call)["output"]
         told = [t for rank in client.status().ranks for t in rank.transformers]
         for one in told:
-            print(f"{one.label}: {one.state}, {one.recorded} recorded", one.not_recorded or "")
+            print(describe_transformer(one))
         name = f"{world} GPU(s): transformers without recorded forwards"
         self.bench.add(name, sum(not one.recorded for one in told), "", 0)
         if (0, 1) in self.forwards:
@@ -225,8 +225,7 @@ def spread(bench: Bench, client: Client, held: list[Attachment], devices: list[s
 def main() -> int:
     """Write ``gpu-several.json`` into the directory given."""
     bench = Bench(Path(sys.argv[1]) / "gpu-several.json")
-    driver = CudaDriver.load()
-    devices = [driver.device_uuid(ordinal) for ordinal in range(driver.device_count())]
+    devices = bench.devices
     wanted = {int(each) for each in os.environ.get("XDIT_GPUS", "1,2,4,8").split(",")}
     worlds = [n for n in WORLDS if n == 1 or (n in wanted and n <= len(devices))]
     chosen = os.environ.get("XDIT_COMPILE", "off,auto").split(",")

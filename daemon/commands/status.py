@@ -87,14 +87,19 @@ def describe_status(
             yield "none"
     for rank in status.ranks:
         for told in rank.transformers:
-            reason = f" ({told.reason})" if told.reason else ""
-            products = " with fp8 products" if told.fp8_matmul else ""
-            lora = ", with LoRA" if told.lora else ""
-            how = f"{told.compute}{products}{lora}: {told.state}{reason}{_recorded(told)}"
-            yield f"rank {rank.rank}: {told.label}, {how}"
+            yield f"rank {rank.rank}: {describe_transformer(told)}"
     for session in sessions:
         for line in session.meaning:
             yield f"{session.session}: {line}"
+
+
+def describe_transformer(told: m.TransformerStatus) -> str:
+    """How its forwards run, and why not otherwise, in a line."""
+    reason = f" ({told.reason})" if told.reason else ""
+    products = " with fp8 products" if told.fp8_matmul else ""
+    lora = ", with LoRA" if told.lora else ""
+    how = f"{told.compute}{products}{lora}: {told.state}{reason}{_recorded(told)}"
+    return f"{told.label}, {how}"
 
 
 def _recorded(told: m.TransformerStatus) -> str:

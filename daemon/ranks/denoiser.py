@@ -194,11 +194,10 @@ class Denoiser:
 
     def compile_piece(self) -> None:
         """Compile a piece of the first transformer that waits for it; no rank needs another."""
-        for resident in self._components.built(_Resident):
-            for compiled in resident.compiled.values():
-                if compiled.compilation.next_piece:
-                    compiled.compile_piece()
-                    return
+        for compiled in self._all_compiled():
+            if compiled.compilation.next_piece:
+                compiled.compile_piece()
+                return
 
     def transformers(self) -> list[m.TransformerStatus]:
         """How forwards of each resident transformer run; none where nothing is ever compiled."""
@@ -234,9 +233,8 @@ class Denoiser:
     def forget_regions(self) -> None:
         """Regions are about to be closed: hold nothing of them."""
         self._stacks.clear()
-        for resident in self._components.built(_Resident):
-            for compiled in resident.compiled.values():
-                compiled.forget_stack()
+        for compiled in self._all_compiled():
+            compiled.forget_stack()
         self._recordings.forget()
 
     def _resident(self, options: DenoiserOptions) -> _Resident:
@@ -268,6 +266,10 @@ class Denoiser:
                 else CompiledForward(resident.flux, branched=branched, refusal=self._refusal)
             )
         return resident.compiled[key]
+
+    def _all_compiled(self) -> Iterator[CompiledForward]:
+        for resident in self._components.built(_Resident):
+            yield from resident.compiled.values()
 
     def _context(
         self, options: DenoiserOptions, resident: _Resident, inputs: FluxInputs

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flux_files
+import lora_files
 import torch
 from flux_files import Flux
 from flux_inputs import comfy_inputs
@@ -93,3 +94,14 @@ def inputs(
     )
     on_device = {name: tensor.to(device) for name, tensor in given.items()}
     return to_inputs(CONFIG, **on_device, compute_dtype=dtype)[0]  # type: ignore[arg-type]
+
+
+def stack_of(
+    *seeds: int, only: str = "", dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> LoraStack:
+    """A LoRA for each seed, for modules whose names begin with ``only``."""
+    loras = [
+        ({n: t for n, t in lora_files.neutral(FLUX, seed).items() if n.startswith(only)}, 1.0)
+        for seed in seeds
+    ]
+    return LoraStack.build(CONFIG, loras, dtype, device)

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import flux_files
-import lora_files
 import pytest
 import torch
-from ranks.compiled_scene import CONFIG, FLUX, WEIGHTS, Scene, inputs
+from ranks.compiled_scene import WEIGHTS, Scene, inputs, stack_of
 from torch import Tensor, fx
-from xdit_sidecar.daemon.ranks.flux.adapters import LoraStack, applied
+from xdit_sidecar.daemon.ranks.flux.adapters import applied
 from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledForward, CompiledShares
 from xdit_sidecar.daemon.ranks.parallel.attention import Exchange, LocalExchange
 
@@ -61,15 +60,6 @@ def test_sizes_share_code_and_agree() -> None:
     for others in (inputs(rows=3), inputs(8, 8, 33, rows=2)):
         assert torch.equal(scene.compute(others), scene.flux.compute(others))
     assert (scene.state, scene.graphs) == ("compiled", 4)
-
-
-def stack_of(*seeds: int, only: str = "", dtype: torch.dtype = torch.float32) -> LoraStack:
-    """A LoRA for each seed, for modules whose names begin with ``only``."""
-    loras = [
-        ({n: t for n, t in lora_files.neutral(FLUX, seed).items() if n.startswith(only)}, 1.0)
-        for seed in seeds
-    ]
-    return LoraStack.build(CONFIG, loras, dtype, "cpu")
 
 
 # The second moves changes in place out of what it compiles, and back, as inductor does.
@@ -148,8 +138,8 @@ def test_branches_beside_layers_that_cast_at_use_and_an_exchange() -> None:
             expected = scene.flux.compute(first, Doubling())
             for _ in range(2):
                 assert torch.equal(shares._compute(first, Doubling(), stack), expected)
-                while not number and shares.compilation.next_piece is not None:
-                    shares.compile_piece()
+                if not number:
+                    scene.compile(shares)
     assert (shares.compilation.state, scene.graphs) == ("compiled", 2)
 
 
@@ -202,8 +192,7 @@ def test_shares_run_compiled() -> None:
     expected = scene.flux.compute(first, Doubling())
     assert torch.equal(shares._compute(first, exchange), expected)
     asked = exchange.calls
-    while shares.compilation.next_piece is not None:
-        shares.compile_piece()
+    scene.compile(shares)
     # Nothing travels while a rank compiles.
     assert (shares.compilation.state, scene.graphs, exchange.calls) == ("compiled", 2, asked)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -223,8 +212,7 @@ def test_shares_for_which_there_is_no_code_run_eagerly() -> None:
     first, exchange = inputs(), Doubling()
     expected = scene.flux.compute(first, Doubling())
     shares._compute(first, exchange)
-    while shares.compilation.next_piece is not None:
-        shares.compile_piece()
+    scene.compile(shares)
     asked = exchange.calls
     torch.compiler.reset()  # it is gone
     assert torch.equal(shares._compute(first, exchange), expected)

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
-import lora_files
 import pytest
 import torch
 from ranks.called_again import CalledAgain
-from ranks.compiled_scene import CONFIG, FLUX, Scene, inputs
+from ranks.compiled_scene import Scene, inputs, stack_of
 from torch import Tensor
 from xdit_sidecar.daemon.ranks.flux import recordings as module
 from xdit_sidecar.daemon.ranks.flux.adapters import LoraStack, applied
@@ -243,12 +242,8 @@ def tensors_of(asked: FluxInputs) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in vars(asked).items() if tensor is not None]
 
 
-def stack_of(seed: int) -> LoraStack:
-    return LoraStack.build(CONFIG, [(lora_files.neutral(FLUX, seed), 1.0)], torch.float32, DEVICE)
-
-
 def test_each_lora_has_a_recording() -> None:
-    one, other = stack_of(1), stack_of(2)
+    one, other = (stack_of(seed, device=DEVICE) for seed in (1, 2))
     graphs = Counted()
     scene = RecordingScene(one).record(graphs)
     for _ in range(4):
