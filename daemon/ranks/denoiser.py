@@ -31,6 +31,7 @@ from .flux.recordings import Recordings
 from .parallel.config import ParallelConfig
 from .parallel.contexts import ParallelContext
 from .parallel.kv_store import KvStore
+from .parallel.peer_copies import PeerCopies
 from .parallel.pipefusion import PipeFusion
 from .parallel.process_group import RankGroup
 from .parallel.transformer import FluxInputs, ParallelFlux
@@ -139,9 +140,9 @@ class Denoiser:
         self._reservation = reservation
         self._contexts: dict[ParallelConfig, ParallelContext] = {}
         self._stacks: OrderedDict[tuple[object, ...], LoraStack] = OrderedDict()
-        self._recordings = Recordings(
-            group, reservation, CudaGraph if group.backend == "nccl" else None
-        )
+        own_gpus = group.backend == "nccl"
+        self._make_copies = partial(PeerCopies.on_gpu, group.device) if own_gpus else None
+        self._recordings = Recordings(group, reservation, CudaGraph if own_gpus else None)
 
     def config(self, options: DenoiserOptions) -> FluxConfig:
         """Of the job's transformer. Raises MissingComponent and UnsupportedModel."""
@@ -229,6 +230,8 @@ class Denoiser:
             resident.pipefusion.forget_others(sessions)
             resident.flux.rotations.forget()
         self._recordings.forget()
+        for context in self._contexts.values():
+            context.give_up()
 
     def forget_regions(self) -> None:
         """Regions are about to be closed: hold nothing of them."""
@@ -288,7 +291,7 @@ class Denoiser:
             config = ParallelConfig(given.ulysses, given.ring, given.cfg, given.pipefusion)
             config.check_model(resident.flux.heads, resident.flux.blocks)
         if config not in self._contexts:
-            self._contexts[config] = ParallelContext.build(config, self._group)
+            self._contexts[config] = ParallelContext.build(config, self._group, self._make_copies)
         return self._contexts[config]
 
     def _stack(self, options: DenoiserOptions, config: FluxConfig) -> LoraStack | None:

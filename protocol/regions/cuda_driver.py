@@ -18,6 +18,7 @@ from typing import ClassVar
 from .cuda_library import (
     IPC_HANDLE_BYTES,
     LIBRARY_VARIABLE,
+    STREAM_VALUE_CALLS,
     UUID_CALLS,
     Context,
     CudaUnavailable,
@@ -42,6 +43,7 @@ _ATTRIBUTE_MEMORY_TYPE = 2
 _MEMORY_TYPE_HOST = 1
 _HOST_ALLOC_PORTABLE = 1
 _STREAM_NON_BLOCKING = 1
+_WAIT_UNTIL_EQUAL = 1
 _PEER_ACCESS_ALREADY_ENABLED = 704
 _PEER_ACCESS_UNSUPPORTED = 217
 _NAME_BYTES = 256
@@ -134,6 +136,11 @@ class CudaDriver:
         version = Int()
         self._call("cuDriverGetVersion", ctypes.byref(version))
         return version.value
+
+    @property
+    def has_stream_values(self) -> bool:
+        """Whether streams can wait for values (CUDA 11.7): `wait_for_value`, `write_value`."""
+        return all(name in self._functions for name in STREAM_VALUE_CALLS)
 
     def device_count(self) -> int:
         """How many devices this process sees (after CUDA_VISIBLE_DEVICES)."""
@@ -368,6 +375,26 @@ class CudaDriver:
         _require_bytes(nbytes)
         if nbytes:
             self._call("cuMemcpyDtoD_v2", dst, src, nbytes)
+
+    def copy_on_device_async(self, dst: int, src: int, nbytes: int, stream: int) -> None:
+        """`copy_on_device` in the order of a stream, which a graph that is recorded takes up."""
+        _require_bytes(nbytes)
+        if nbytes:
+            self._call("cuMemcpyDtoDAsync_v2", dst, src, nbytes, stream)
+
+    def write_value(self, ptr: int, value: int, stream: int) -> None:
+        """Have a stream write 32 bits when its earlier work is done and seen by all.
+
+        ``ptr``: a multiple of 4, also of another device's memory that is open here.
+        """
+        self._call("cuStreamWriteValue32_v2", stream, ptr, value, 0)
+
+    def wait_for_value(self, ptr: int, value: int, stream: int) -> None:
+        """Have a stream go on only once the 32 bits at ``ptr`` are equal to a value.
+
+        Whoever writes it may be on another device. If nobody does, the stream waits for ever.
+        """
+        self._call("cuStreamWaitValue32_v2", stream, ptr, value, _WAIT_UNTIL_EQUAL)
 
     def memset_async(self, ptr: int, value: int, nbytes: int, stream: int = 0) -> None:
         """Set ``nbytes`` at ``ptr`` to the byte ``value`` (0..255) on a stream (0: the legacy

@@ -36,6 +36,8 @@ Stream = ctypes.c_void_p
 HostPointer = ctypes.c_void_p
 
 UUID_CALLS = ("cuDeviceGetUuid_v2", "cuDeviceGetUuid")
+STREAM_VALUE_CALLS = ("cuStreamWaitValue32_v2", "cuStreamWriteValue32_v2")
+"""That a driver before CUDA 11.7 lacks; nothing but faster exchanges needs them."""
 
 # Every call has its argument types: without them ctypes passes 64-bit pointers as 32-bit ints.
 _SIGNATURES: Mapping[str, tuple[type, ...]] = {
@@ -70,6 +72,9 @@ _SIGNATURES: Mapping[str, tuple[type, ...]] = {
     "cuStreamDestroy_v2": (Stream,),
     "cuMemsetD8Async": (DevicePointer, ctypes.c_ubyte, Size, Stream),
     "cuPointerGetAttribute": (ctypes.c_void_p, Int, DevicePointer),
+    "cuMemcpyDtoDAsync_v2": (DevicePointer, DevicePointer, Size, Stream),
+    "cuStreamWaitValue32_v2": (Stream, DevicePointer, UInt, UInt),
+    "cuStreamWriteValue32_v2": (Stream, DevicePointer, UInt, UInt),
 }
 
 Function = Callable[..., int]
@@ -101,7 +106,7 @@ def load_functions(library: str) -> dict[str, Function]:
     # One of the two ways to ask for a UUID is enough: the second version came with CUDA 11.4.
     if any(name in functions for name in UUID_CALLS):
         missing = [name for name in missing if name not in UUID_CALLS]
-    if missing:
+    if missing := [name for name in missing if name not in STREAM_VALUE_CALLS]:
         raise CudaUnavailable(
             f"{library} lacks {', '.join(missing)}: it is too old or no CUDA driver. "
             "CUDA 11.0 or later is needed."

@@ -56,6 +56,7 @@ int ledger_read(int device, uint64_t *unused, uint64_t *total);
 
 /* work_queue.c: what every stream does, in one order. */
 int work_enqueue_set(unsigned char *target, unsigned char value, size_t bytes);
+int work_enqueue_word(unsigned char *target, uint32_t word);
 int work_enqueue_copy(unsigned char *target, const unsigned char *source, size_t bytes);
 void work_wait(void);
 

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 typedef uint64_t CUdeviceptr;
@@ -296,6 +297,48 @@ int cuMemcpyDtoD_v2(CUdeviceptr target, CUdeviceptr source, size_t bytes)
     int code = to && from ? work_enqueue_copy(to, from, bytes) : INVALID_VALUE;
     pthread_mutex_unlock(&lock);
     return code;
+}
+
+/* What is copied may lie anywhere: a CPU tensor stands for memory of torch's on the device. */
+int cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, size_t bytes, void *stream)
+{
+    BEGIN("cuMemcpyDtoDAsync_v2");
+    if (!is_stream(stream))
+        return INVALID_HANDLE;
+    pthread_mutex_lock(&lock);
+    unsigned char *to = locate(target, bytes);
+    const unsigned char *from = (const unsigned char *)(uintptr_t)source;
+    int code = to ? work_enqueue_copy(to, from, bytes) : INVALID_VALUE;
+    pthread_mutex_unlock(&lock);
+    return code;
+}
+
+int cuStreamWriteValue32_v2(void *stream, CUdeviceptr target, unsigned value, unsigned flags)
+{
+    BEGIN("cuStreamWriteValue32_v2");
+    if (!is_stream(stream))
+        return INVALID_HANDLE;
+    pthread_mutex_lock(&lock);
+    unsigned char *to = target % 4 || flags ? NULL : locate(target, 4);
+    int code = to ? work_enqueue_word(to, value) : INVALID_VALUE;
+    pthread_mutex_unlock(&lock);
+    return code;
+}
+
+/* The caller waits, not its stream: what computes on this "device" is the caller's CPU. */
+int cuStreamWaitValue32_v2(void *stream, CUdeviceptr source, unsigned value, unsigned flags)
+{
+    BEGIN("cuStreamWaitValue32_v2");
+    if (!is_stream(stream))
+        return INVALID_HANDLE;
+    unsigned char *found = source % 4 || flags != 1 ? NULL : locate_alone(source, 4);
+    if (!found)
+        return INVALID_VALUE;
+    work_wait();
+    const struct timespec pause = {.tv_nsec = 50000};
+    while (__atomic_load_n((uint32_t *)found, __ATOMIC_ACQUIRE) != value)
+        nanosleep(&pause, NULL);
+    return OK;
 }
 
 int cuMemsetD8Async(CUdeviceptr target, unsigned char value, size_t bytes, void *stream)

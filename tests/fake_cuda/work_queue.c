@@ -12,8 +12,10 @@
 struct work {
     struct work *next;
     unsigned char *target;
-    const unsigned char *source; /* NULL: set to value */
+    const unsigned char *source; /* NULL: set to value, or to the word */
     unsigned char value;
+    int is_word;
+    uint32_t word;
     size_t bytes;
     uint64_t delay_ms;
 };
@@ -41,6 +43,8 @@ static void *serve(void *unused)
         nanosleep(&delay, NULL);
         if (work->source)
             memmove(work->target, work->source, work->bytes);
+        else if (work->is_word)
+            __atomic_store_n((uint32_t *)work->target, work->word, __ATOMIC_RELEASE);
         else
             memset(work->target, work->value, work->bytes);
         free(work);
@@ -93,6 +97,11 @@ static int enqueue(struct work job)
 int work_enqueue_set(unsigned char *target, unsigned char value, size_t bytes)
 {
     return enqueue((struct work){.target = target, .value = value, .bytes = bytes});
+}
+
+int work_enqueue_word(unsigned char *target, uint32_t word)
+{
+    return enqueue((struct work){.target = target, .is_word = 1, .word = word});
 }
 
 int work_enqueue_copy(unsigned char *target, const unsigned char *source, size_t bytes)

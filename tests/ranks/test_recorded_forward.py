@@ -103,10 +103,15 @@ class AloneByHeads(SequenceExchange):
     by_heads = HeadsOfOne(None, LocalExchange().attend)
 
 
+def make_no_heads() -> HeadExchange:
+    """They are there."""
+    raise NotImplementedError
+
+
 class RecordingScene(Scene):
     """A compiled transformer with recordings."""
 
-    exchange = AloneByHeads(TokenSplit(9, 1, 0), TokenSplit(30, 1, 0), 1)
+    exchange = AloneByHeads(TokenSplit(9, 1, 0), TokenSplit(30, 1, 0), 1, make_no_heads)
 
     def __init__(self, stack: LoraStack | None = None) -> None:
         """``stack``: of the first forward. No other scene has code afterwards."""

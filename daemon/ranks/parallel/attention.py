@@ -12,7 +12,6 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from .attention_backend import choose_backend
-from .process_group import sequence_groups
 from .splits import TokenSplit
 from .ulysses import HeadExchange, Make, begin_by_heads
 
@@ -94,6 +93,7 @@ class SequenceExchange(Exchange):
     text: TokenSplit
     image: TokenSplit
     ring: int
+    make_heads: Callable[[], HeadExchange]
 
     @cached_property
     def by_heads(self) -> HeadExchange | None:
@@ -101,7 +101,7 @@ class SequenceExchange(Exchange):
         shares = self.text.shard or self.image.shard
         if self.ring > 1 or not shares or self.text.rest or self.image.rest:
             return None
-        return HeadExchange(sequence_groups().ULYSSES_PG, LocalExchange().attend)
+        return self.make_heads()
 
     def begin(self, query: Make, key: Make, value: Make, of: Sequence[Tensor]) -> Tensor:
         """See `Exchange.begin`."""

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .attention import LocalExchange
 from .config import ParallelConfig
+from .peer_copies import MakeCopies, PeerCopies
 from .process_group import CONTEXT_GROUPS, RankGroup, groups_within, sequence_groups
+from .ulysses import HeadExchange
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +29,17 @@ class ParallelContext:
     _globals: dict[str, Any]
     _sequence_groups: tuple[Any, Any]  # ulysses, ring
     _runtime: Any
+    _copies: PeerCopies | None = None
 
     @classmethod
-    def build(cls, config: ParallelConfig, group: RankGroup) -> ParallelContext:
+    def build(
+        cls, config: ParallelConfig, group: RankGroup, make_copies: MakeCopies | None = None
+    ) -> ParallelContext:
         """Make the groups of ``config``: all ranks together, in the same order of configs.
 
-        Raises ConfigError if the degrees do not fit the group, RuntimeError past its deadline.
-        The context is active afterwards.
+        ``make_copies``: for exchanges of ranks that share tokens, which without it are by
+        ``group``. Raises ConfigError if the degrees do not fit the group, RuntimeError past its
+        deadline. The context is active afterwards.
         """
         config.check_world(group.world_size)
         config.check_transport(group.backend, group.device.type)
@@ -71,6 +78,7 @@ class ParallelContext:
             _globals={name: getattr(parallel_state, name) for name in CONTEXT_GROUPS},
             _sequence_groups=(groups.ULYSSES_PG, groups.RING_PG),
             _runtime=runtime.DiTRuntimeState(any_model, engine),
+            _copies=make_copies(groups.ULYSSES_PG) if make_copies and config.ulysses > 1 else None,
         )._activated()
 
     def activate(self) -> None:
@@ -81,6 +89,20 @@ class ParallelContext:
         groups = sequence_groups()
         groups.ULYSSES_PG, groups.RING_PG = self._sequence_groups
         runtime_state._RUNTIME = self._runtime
+
+    def make_heads(self, nbytes: int) -> HeadExchange:
+        """The exchange of one forward whose packed tensors have as many bytes.
+
+        All ranks that share the tokens call it together.
+        """
+        attend = LocalExchange().attend
+        copied = None if self._copies is None else self._copies.heads(nbytes, attend)
+        return copied or HeadExchange(self._sequence_groups[0], attend)
+
+    def give_up(self) -> None:
+        """Free what exchanges keep; all ranks together, and no recording of one may be left."""
+        if self._copies is not None:
+            self._copies.close()
 
     def _activated(self) -> ParallelContext:
         self.activate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,7 +139,9 @@ class ParallelFlux:
             return join_rows(context, batch, compute(rows, None))
         image = TokenSplit(rows.hidden_states.shape[1], config.sequence, context.sequence_rank)
         text = TokenSplit(rows.encoder_hidden_states.shape[1], config.sequence, image.rank)
-        own = compute(rows.take_tokens(image, text), SequenceExchange(text, image, config.ring))
+        share = rows.take_tokens(image, text)
+        make_heads = partial(context.make_heads, self._packed_bytes(share))
+        own = compute(share, SequenceExchange(text, image, config.ring, make_heads))
         return join_rows(context, batch, _join_tokens(context, image, own))
 
     @torch.no_grad()
@@ -153,6 +156,13 @@ class ParallelFlux:
             **vars(rows), joint_attention_kwargs={"exchange": exchange}, return_dict=False
         )[0]
         return output
+
+    def _packed_bytes(self, share: FluxInputs) -> int:
+        """Of a query, key or value of a rank's tokens."""
+        rows, image, _ = share.hidden_states.shape
+        tokens = rows * (image + share.encoder_hidden_states.shape[1])
+        size = self.model.config.attention_head_dim * share.hidden_states.element_size()
+        return int(tokens * self.heads * size)
 
 
 def _join_tokens(context: ParallelContext, image: TokenSplit, own: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class HeadExchange:
         self.join()
         ways, batch, count, heads, size = query.received.shape
         tensors = (
-            sent.received.transpose(0, 1).reshape(batch, ways * count, heads, size)
+            self._arrived(sent.received).transpose(0, 1).reshape(batch, ways * count, heads, size)
             for sent in (query, key, value)
         )
         output = self._attend(*tensors).reshape(batch, ways, count, heads, size)
@@ -119,7 +119,7 @@ class HeadExchange:
         In memory of its own: compiled code that reads what is packed is ten times as slow.
         """
         self.join()
-        return unpack_copy(output)
+        return unpack_copy(self._arrived(output))
 
     def join(self) -> None:
         """Have what the device does next wait for what is under way."""
@@ -131,6 +131,10 @@ class HeadExchange:
         received = torch.empty_like(packed)
         work = dist.all_to_all_single(received, packed, group=self._group, async_op=True)
         self._under_way.append((work, packed))
+        return received
+
+    def _arrived(self, received: Tensor) -> Tensor:
+        """What has come, of what :meth:`_send` gave."""
         return received
 
 

@@ -48,13 +48,14 @@ def import_heavy(loaded: bool) -> None:
 
 def run_rank(order: dict[str, Any], rank: int) -> None:
     """In the forked process: do the task, write what it returned or raised."""
+    import copy_tasks
     import rank_tasks
     import repair_tasks
     import vae_tasks
     import worker_tasks
 
     os.environ.update(order["settings"])
-    modules = (rank_tasks, repair_tasks, vae_tasks, worker_tasks)
+    modules = (rank_tasks, copy_tasks, repair_tasks, vae_tasks, worker_tasks)
     tasks = {name: task for module in modules for name, task in module.TASKS.items()}
     result: dict[str, Any]
     try:
