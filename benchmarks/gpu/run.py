@@ -27,8 +27,9 @@ from machine import describe_run  # noqa: E402
 
 _FORKS = "tests/ranks/service/test_fork_server.py"
 TESTS = ["-n", "4", "tests/regions", "tests/sharing", "tests/health", _FORKS]
-# In a process of its own: torch computes on the GPU in it.
+# In a process of its own, as torch computes on the GPU in it, and with the allocator of ranks.
 TESTS_IN_TORCH = ["tests/ranks/test_recorded_forward.py"]
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 STAGE_SECONDS = 535
 Stage = Callable[[Path, dict[str, str]], int]
 
@@ -52,15 +53,19 @@ def prepare() -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",
         "XDIT_TEST_REAL_CUDA": "1",
-        "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync",
+        ALLOCATOR: "backend:cudaMallocAsync",
     }
 
 
 def run(command: list[str], environment: dict[str, str]) -> int:
-    """Exit status; 124 when the stage took too long and was ended with all that it had started."""
+    """Exit status, as a shell gives it.
+
+    124 when the stage took too long and was ended with all that it had started.
+    """
     stage = subprocess.Popen(command, env=environment, cwd=ROOT, process_group=0)
     try:
-        return stage.wait(STAGE_SECONDS)
+        status = stage.wait(STAGE_SECONDS)
+        return status if status >= 0 else 128 - status
     except subprocess.TimeoutExpired:
         return 124
     finally:
@@ -76,8 +81,9 @@ def test_stage(output: Path, environment: dict[str, str]) -> int:
     began = time.monotonic()
     status = 0
     results: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
-    for tests in (TESTS, TESTS_IN_TORCH):
-        status = run([*pytest, *tests], environment) or status
+    of_ranks = {name: value for name, value in environment.items() if name != ALLOCATOR}
+    for tests, its_environment in ((TESTS, environment), (TESTS_IN_TORCH, of_ranks)):
+        status = run([*pytest, *tests], its_environment) or status
         if not report.exists():
             continue
         for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314  our own file
@@ -88,7 +94,7 @@ def test_stage(output: Path, environment: dict[str, str]) -> int:
         report.unlink()
     summary = {
         **describe_run(),
-        "allocator": environment["PYTORCH_CUDA_ALLOC_CONF"],
+        "allocator": environment[ALLOCATOR],
         "seconds": round(time.monotonic() - began, 1),
         "exit_status": status,
         "figures": [
