@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import re
 import signal
 import subprocess
@@ -56,8 +57,13 @@ def _cuda_context() -> None:
     if platforms.REAL_CUDA:
         import torch
 
-        torch.ones(1, device="cuda").cpu()
-        CudaDriver.load().memory_info(0)
+        driver = CudaDriver.load()
+        everyone = range(driver.device_count())
+        for ordinal in everyone:
+            torch.ones(1, device=torch.device("cuda", ordinal)).cpu()
+            driver.memory_info(ordinal)
+        for ordinal, peer in itertools.permutations(everyone, 2):
+            driver.reach_peer(ordinal, peer)
 
 
 @pytest.fixture(scope="session", autouse=True)

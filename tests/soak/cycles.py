@@ -203,7 +203,7 @@ def clean(daemon: DaemonProcess) -> dict[str, int]:
         status = client.status()
     assert not status.components
     assert all(d.regions == 0 and d.orphaned == 0 and d.keeper_starts == 1 for d in status.devices)
-    keepers = {f"keeper {d.kind}": d.keeper_pid or 0 for d in status.devices}
+    keepers = {f"keeper {d.kind} {n}": d.keeper_pid or 0 for n, d in enumerate(status.devices)}
     return {"broker": daemon.pid, **keepers}
 
 
