@@ -12,7 +12,7 @@ import ctypes
 import os
 import threading
 import uuid as uuids
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from .cuda_library import (
@@ -32,6 +32,7 @@ from .cuda_library import (
     Stream,
     UInt,
     Uuid,
+    ValueOperation,
     load_functions,
 )
 
@@ -44,6 +45,7 @@ _MEMORY_TYPE_HOST = 1
 _HOST_ALLOC_PORTABLE = 1
 _STREAM_NON_BLOCKING = 1
 _WAIT_UNTIL_EQUAL = 1
+_OPERATION_WAIT, _OPERATION_WRITE = 1, 2
 _PEER_ACCESS_ALREADY_ENABLED = 704
 _PEER_ACCESS_UNSUPPORTED = 217
 _NAME_BYTES = 256
@@ -139,7 +141,7 @@ class CudaDriver:
 
     @property
     def has_stream_values(self) -> bool:
-        """Whether streams can wait for values (CUDA 11.7): `wait_for_value`, `write_value`."""
+        """Whether streams can wait for values (CUDA 11.7): `take_values`, `write_value`."""
         return all(name in self._functions for name in STREAM_VALUE_CALLS)
 
     def device_count(self) -> int:
@@ -389,12 +391,16 @@ class CudaDriver:
         """
         self._call("cuStreamWriteValue32_v2", stream, ptr, value, 0)
 
-    def wait_for_value(self, ptr: int, value: int, stream: int) -> None:
-        """Have a stream go on only once the 32 bits at ``ptr`` are equal to a value.
+    def take_values(self, ptrs: Sequence[int], value: int, stream: int) -> None:
+        """Have a stream go on once the 32 bits at each place are equal to a value, now 0 again.
 
-        Whoever writes it may be on another device. If nobody does, the stream waits for ever.
+        Whoever writes them may be on another device. If nobody does, the stream waits for ever.
+        All are one operation of the stream's; at most 128.
         """
-        self._call("cuStreamWaitValue32_v2", stream, ptr, value, _WAIT_UNTIL_EQUAL)
+        waits = [ValueOperation(_OPERATION_WAIT, ptr, value, _WAIT_UNTIL_EQUAL) for ptr in ptrs]
+        writes = [ValueOperation(_OPERATION_WRITE, ptr, 0, 0) for ptr in ptrs]
+        operations = (ValueOperation * (2 * len(ptrs)))(*waits, *writes)
+        self._call("cuStreamBatchMemOp_v2", stream, len(operations), operations, 0)
 
     def memset_async(self, ptr: int, value: int, nbytes: int, stream: int = 0) -> None:
         """Set ``nbytes`` at ``ptr`` to the byte ``value`` (0..255) on a stream (0: the legacy

@@ -26,6 +26,19 @@ class IpcHandle(ctypes.Structure):
     _fields_ = [("octets", ctypes.c_ubyte * IPC_HANDLE_BYTES)]
 
 
+class ValueOperation(ctypes.Structure):
+    """``CUstreamBatchMemOpParams``, of 32 bits each."""
+
+    _fields_ = [
+        ("operation", ctypes.c_int),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint),
+        ("alias", ctypes.c_uint64),
+        ("rest", ctypes.c_uint64),
+    ]
+
+
 Int = ctypes.c_int
 UInt = ctypes.c_uint
 Size = ctypes.c_size_t
@@ -36,7 +49,7 @@ Stream = ctypes.c_void_p
 HostPointer = ctypes.c_void_p
 
 UUID_CALLS = ("cuDeviceGetUuid_v2", "cuDeviceGetUuid")
-STREAM_VALUE_CALLS = ("cuStreamWaitValue32_v2", "cuStreamWriteValue32_v2")
+STREAM_VALUE_CALLS = ("cuStreamBatchMemOp_v2", "cuStreamWriteValue32_v2")
 """That a driver before CUDA 11.7 lacks; nothing but faster exchanges needs them."""
 
 # Every call has its argument types: without them ctypes passes 64-bit pointers as 32-bit ints.
@@ -73,7 +86,7 @@ _SIGNATURES: Mapping[str, tuple[type, ...]] = {
     "cuMemsetD8Async": (DevicePointer, ctypes.c_ubyte, Size, Stream),
     "cuPointerGetAttribute": (ctypes.c_void_p, Int, DevicePointer),
     "cuMemcpyDtoDAsync_v2": (DevicePointer, DevicePointer, Size, Stream),
-    "cuStreamWaitValue32_v2": (Stream, DevicePointer, UInt, UInt),
+    "cuStreamBatchMemOp_v2": (Stream, UInt, ctypes.POINTER(ValueOperation), UInt),
     "cuStreamWriteValue32_v2": (Stream, DevicePointer, UInt, UInt),
 }
 

@@ -325,20 +325,42 @@ int cuStreamWriteValue32_v2(void *stream, CUdeviceptr target, unsigned value, un
     return code;
 }
 
+/* CUstreamBatchMemOpParams, of which each operation here has these parts. */
+struct value_operation {
+    int operation;
+    CUdeviceptr address;
+    uint64_t value;
+    unsigned flags;
+    uint64_t rest[2];
+};
+_Static_assert(sizeof(struct value_operation) == 48, "the driver's union has 48 bytes");
+
 /* The caller waits, not its stream: what computes on this "device" is the caller's CPU. */
-int cuStreamWaitValue32_v2(void *stream, CUdeviceptr source, unsigned value, unsigned flags)
+static int wait_for_value(const struct value_operation *wait)
 {
-    BEGIN("cuStreamWaitValue32_v2");
-    if (!is_stream(stream))
-        return INVALID_HANDLE;
-    unsigned char *found = source % 4 || flags != 1 ? NULL : locate_alone(source, 4);
-    if (!found)
+    unsigned char *found = wait->address % 4 ? NULL : locate_alone(wait->address, 4);
+    if (!found || wait->flags != 1)
         return INVALID_VALUE;
     work_wait();
     const struct timespec pause = {.tv_nsec = 50000};
-    while (__atomic_load_n((uint32_t *)found, __ATOMIC_ACQUIRE) != value)
+    while (__atomic_load_n((uint32_t *)found, __ATOMIC_ACQUIRE) != (uint32_t)wait->value)
         nanosleep(&pause, NULL);
     return OK;
+}
+
+int cuStreamBatchMemOp_v2(void *stream, unsigned count, struct value_operation *each, unsigned flags)
+{
+    BEGIN("cuStreamBatchMemOp_v2");
+    int code = !count || count > 256 || flags ? INVALID_VALUE : OK;
+    for (unsigned i = 0; i < count && !code; i++)
+        if (each[i].operation == 1)
+            code = is_stream(stream) ? wait_for_value(&each[i]) : INVALID_HANDLE;
+        else if (each[i].operation == 2)
+            code = cuStreamWriteValue32_v2(stream, each[i].address, (unsigned)each[i].value,
+                                           each[i].flags);
+        else
+            code = INVALID_VALUE;
+    return code;
 }
 
 int cuMemsetD8Async(CUdeviceptr target, unsigned char value, size_t bytes, void *stream)

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _PLACES = 4  # of a block: value, key and query, then the output
 _GRANULE = 2 << 20  # bytes; the driver packs smaller allocations together
 _FLAG_BYTES = 4
-_MOST_WAYS = 64  # flags of as many ranks lie before the places
+_MOST_WAYS = 32  # flags of as many ranks lie before the places
 _FLAGS_BYTES = _PLACES * _MOST_WAYS * _FLAG_BYTES
 
 
@@ -193,13 +193,13 @@ class PeerCopies:
         """Have what is computed next wait for what others sent to these places."""
         with self._driver.context(self._ordinal):
             self._lanes.join()
-            main = self._lanes.main
-            for number in numbers:
-                for sender in range(self._ways):
-                    if sender != self._rank:
-                        flag = buffer.flag(self._rank, number, sender)
-                        self._driver.wait_for_value(flag, 1, main)
-                        self._driver.write_value(flag, 0, main)
+            flags = [
+                buffer.flag(self._rank, number, sender)
+                for number in numbers
+                for sender in range(self._ways)
+                if sender != self._rank
+            ]
+            self._driver.take_values(flags, 1, self._lanes.main)
 
     def _add_buffer(self, nbytes: int) -> _Buffer | None:
         capacity = 1 << (nbytes - 1).bit_length()
