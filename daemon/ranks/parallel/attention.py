@@ -185,22 +185,6 @@ class FluxExchangeProcessor:
         return attn.to_out[1](attn.to_out[0](of_image)), attn.to_add_out(of_text)
 
 
-def rotate(heads: Tensor, rotation: Any) -> Tensor:
-    """(B, S, H, D) by rotary tables (S, D), as diffusers' ``apply_rotary_emb``, bit for bit.
-
-    Compiled code has another text, which it fuses with the norm before: the negated half is not
-    put together first, but the table's sign is changed.
-    """
-    if not torch.compiler.is_compiling():
-        by_diffusers: Any = apply_rotary_emb(heads, rotation, sequence_dim=1)
-        return by_diffusers  # type: ignore[no-any-return]
-    cosines, sines = (table[None, :, None] for table in rotation)
-    signs = torch.arange(heads.shape[-1], device=heads.device) % 2 * 2 - 1
-    partners = heads.reshape(*heads.shape[:-1], -1, 2).flip(-1).reshape(heads.shape)
-    rotated: Tensor = heads.float() * cosines + partners.float() * (sines * signs)
-    return rotated.to(heads.dtype)
-
-
 def begin_attention(
     attn: Any, image: Tensor, text: Tensor | None, rotation: Any, exchange: Exchange
 ) -> Tensor:
@@ -218,7 +202,7 @@ def begin_attention(
             before = before if norm_text is None else norm_text(before)
             heads = torch.cat([before, heads], dim=1)
         if norm is not None and rotation is not None:
-            heads = rotate(heads, rotation)
+            heads = apply_rotary_emb(heads, rotation, sequence_dim=1)
         return heads  # type: ignore[no-any-return]
 
     if text is None:
