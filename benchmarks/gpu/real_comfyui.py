@@ -380,7 +380,8 @@ def run_case(setup: Setup, case: Case, directory: Path, record: Any) -> None:
 def make_record(case: Case) -> dict[str, Any]:
     """What a case has to tell, before it began."""
     parts = ("seconds", "checks", "nodes", "memory", "probe")
-    return {"case": case.name, "success": False, **{part: {} for part in parts}}
+    known = {"case": case.name, "commit": describe_run()["commit"], "success": False}
+    return {**known, **{part: {} for part in parts}}
 
 
 def main() -> int:

@@ -263,6 +263,41 @@ def test_copies_of_any_buffer(driver: CudaDriver) -> None:
         driver.mem_free(second)
 
 
+def test_a_stream_waits_for_what_another_process_writes(driver: CudaDriver, peer: Peer) -> None:
+    assert driver.has_stream_values
+    with driver.context(0):
+        base, stream = driver.mem_alloc(SIZE), driver.stream_create()
+        source = driver.mem_alloc(SIZE)
+        driver.memset_async(base, 0, SIZE)
+        driver.memset_async(source, 5, SIZE)
+        driver.synchronize()
+        theirs = peer.call("ipc_open_handle", driver.ipc_get_handle(base))
+        there = peer.call("stream_create")
+        with ThreadPoolExecutor() as pool:
+
+            def copy_after() -> None:
+                with driver.context(0):
+                    driver.take_values([base, base + 4], 7, stream)
+                    driver.copy_on_device_async(base + 64, source, 3, stream)
+                    driver.stream_synchronize(stream)
+
+            waiting = pool.submit(copy_after)
+            peer.call("write_value", theirs, 7, there)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.2)
+            peer.call("write_value", theirs + 4, 7, there)
+            waiting.result(10)
+        assert driver.copy_from_device(base, 8) == bytes(8), "taken"
+        assert driver.copy_from_device(base + 64, 4) == b"\5\5\5\0"
+        with refused(INVALID_VALUE):
+            driver.write_value(base + 2, 1, stream)
+        peer.call("stream_destroy", there)
+        peer.call("ipc_close_handle", theirs)
+        driver.stream_destroy(stream)
+        driver.mem_free(source)
+        driver.mem_free(base)
+
+
 def test_impossible_arguments_never_reach_the_driver(driver: CudaDriver) -> None:
     for attempt in (
         lambda: driver.mem_alloc(0),

@@ -13,6 +13,7 @@ and value of everybody, which are computed from what was received of the output 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -34,6 +35,8 @@ _PLACES = 4  # of a block: value, key and query, then the output
 _GRANULE = 2 << 20  # bytes; the driver packs smaller allocations together
 _FLAG_BYTES = 4
 _MOST_WAYS = 32  # flags of as many ranks lie before the places
+_PROOF_BYTES = 1 << 20
+_PROOF_SECONDS = 10.0
 _FLAGS_BYTES = _PLACES * _MOST_WAYS * _FLAG_BYTES
 
 
@@ -115,7 +118,7 @@ class PeerCopies:
     def __init__(
         self, driver: CudaDriver, ordinal: int, device: torch.device, lanes: Lanes, group: Any
     ) -> None:
-        """``ordinal``: of the GPU; ``device``: of tensors, which ``group`` gathers."""
+        """``ordinal``: of the GPU; ``device``: of tensors, which ``group`` gathers too."""
         self._driver = driver
         self._ordinal = ordinal
         self._device = device
@@ -142,8 +145,9 @@ class PeerCopies:
     def heads(self, nbytes: int, attend: Attend) -> HeadExchange | None:
         """The exchange of one forward, whose packed tensors have as many bytes.
 
-        None where memory cannot be shared, as one rank has none or cannot open another's; told in
-        the log, once. Raises RuntimeError if a rank stays away.
+        None where memory cannot be shared: one rank has none, cannot open another's, or is not
+        reached by it; told in the log, once until :meth:`close`. Raises RuntimeError if a rank
+        stays away.
         """
         if self._ways > _MOST_WAYS or self.refusal is not None:
             return None
@@ -152,7 +156,8 @@ class PeerCopies:
         return None if buffer is None else CopiedHeads(self, buffer, attend)
 
     def close(self) -> None:
-        """Free all memory. No recording of an exchange may be left."""
+        """Free all memory, and try again what failed. No recording of an exchange may be left."""
+        self.refusal = None
         if not self._buffers:
             return
         with self._driver.context(self._ordinal):
@@ -207,10 +212,12 @@ class PeerCopies:
             buffer, handle = self._allocate(capacity)
             handles = self._gather(handle)
             opened = all(map(any, handles)) and buffer is not None and self._open(buffer, handles)
-            if self._agree(opened) and buffer is not None:
+            proven = self._agree(opened) and buffer is not None and self._try(buffer)
+            if self._agree(proven) and buffer is not None:
                 self._buffers.append(buffer)
                 return buffer
             if buffer is not None:
+                self._driver.synchronize()
                 self._close_others(buffer)
             self._agree(True)
             if buffer is not None:
@@ -248,6 +255,50 @@ class PeerCopies:
                     self.refusal = str(error)
                     return False
         return True
+
+    def _try(self, buffer: _Buffer) -> bool:
+        try:
+            return self._prove(buffer)
+        except CudaError as error:
+            self.refusal = str(error)
+            return False
+
+    def _prove(self, buffer: _Buffer) -> bool:
+        """Whether what is sent comes as it is: some boards only say that they reach each other."""
+        nbytes = min(_PROOF_BYTES, buffer.capacity // self._ways)
+        everybody = range(self._ways)
+        for number in range(_PLACES):
+            sent = [self._pattern(self._rank, peer, number, nbytes) for peer in everybody]
+            packed = torch.stack(sent)
+            place = self.send(buffer, number, packed)
+            self._lanes.join()
+            if not self._wait_for_flags(buffer, number):
+                return False
+            self.receive(buffer, [number])
+            del packed  # it was read until then
+            for peer in everybody:
+                if not torch.equal(place[peer], self._pattern(peer, self._rank, number, nbytes)):
+                    self.refusal = f"what rank {peer} of them sends comes as something else"
+                    return False
+        return True
+
+    def _wait_for_flags(self, buffer: _Buffer, number: int) -> bool:
+        """By the host, which can give up."""
+        for peer in range(self._ways):
+            flag, end = buffer.flag(self._rank, number, peer), time.monotonic() + _PROOF_SECONDS
+            while peer != self._rank and not any(self._driver.copy_from_device(flag, _FLAG_BYTES)):
+                if time.monotonic() > end:
+                    self.refusal = f"what rank {peer} of them sends does not come"
+                    return False
+                time.sleep(0.001)
+        return True
+
+    def _pattern(self, sender: int, receiver: int, number: int, nbytes: int) -> Tensor:
+        """(nbytes,) uint8 that everybody knows."""
+        seed = (sender * _MOST_WAYS + receiver) * _PLACES + number
+        generator = torch.Generator().manual_seed(seed)
+        numbers = torch.randint(256, (nbytes,), dtype=torch.uint8, generator=generator)
+        return numbers.to(self._device)
 
     def _close_others(self, buffer: _Buffer) -> None:
         for peer, address in buffer.addresses.items():

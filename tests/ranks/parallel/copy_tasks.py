@@ -13,7 +13,7 @@ from tiny_flux import make_inputs, make_model
 from xdit_sidecar.daemon.ranks.flux import recordings as recordings_module
 from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledShares
 from xdit_sidecar.daemon.ranks.flux.recordings import Recordings
-from xdit_sidecar.daemon.ranks.parallel import process_group
+from xdit_sidecar.daemon.ranks.parallel import peer_copies, process_group
 from xdit_sidecar.daemon.ranks.parallel.config import ParallelConfig
 from xdit_sidecar.daemon.ranks.parallel.contexts import ParallelContext
 from xdit_sidecar.daemon.ranks.parallel.peer_copies import CopiedHeads, PeerCopies
@@ -116,15 +116,35 @@ def fail_to_copy(place: Place, *, call: str) -> dict[str, Any]:
         os.environ["FAKE_CUDA_FAIL"] = f"{call}=2"
     same = [scene.same([64, 16], 1, seed) for seed in range(2)]
     os.environ.pop("FAKE_CUDA_FAIL", None)
-    freed = scene.free() == before
-    scene.copying.give_up()
-    process_group.leave()
-    return {
+    found = {
         "same": same,
         "copied": len(sent),
-        "freed": freed,
+        "freed": scene.free() == before,
         "refusal": scene.made[0].refusal,
     }
+    scene.copying.give_up()
+    process_group.leave()
+    return found
+
+
+def lose_copies(place: Place, *, fault: str) -> dict[str, Any]:
+    """A board on which what rank 1 sends does not come, or comes as something else; for a while."""
+    scene = Scene(place, {"ulysses": place.world_size})
+    sent = count_copies()
+    peer_copies._PROOF_SECONDS = 0.5
+    if place.rank == 1:
+        original = {"copy_on_device_async": CudaDriver.copy_on_device_async}
+        original["write_value"] = CudaDriver.write_value
+        setattr(CudaDriver, fault, lambda *_: None)
+    same = [scene.same([64, 16], 1, seed) for seed in range(2)]
+    refusal, copied = scene.made[0].refusal, len(sent)
+    if place.rank == 1:
+        setattr(CudaDriver, fault, original[fault])
+    scene.copying.give_up()
+    same.append(scene.same([64, 16], 1, 3))
+    scene.copying.give_up()
+    process_group.leave()
+    return {"same": same, "copied": copied, "refusal": refusal, "later": len(sent)}
 
 
 def record_copies(place: Place, *, lengths: list[list[int]], count: int) -> dict[str, Any]:
@@ -152,5 +172,5 @@ def record_copies(place: Place, *, lengths: list[list[int]], count: int) -> dict
 
 
 TASKS: dict[str, Callable[..., Any]] = {
-    task.__name__: task for task in (copy_heads, fail_to_copy, record_copies)
+    task.__name__: task for task in (copy_heads, fail_to_copy, lose_copies, record_copies)
 }

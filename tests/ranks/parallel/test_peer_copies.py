@@ -71,6 +71,23 @@ def test_who_cannot_share_memory_exchanges_by_the_group(
         assert found["freed"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [("write_value", "does not come"), ("copy_on_device_async", "comes as something else")],
+)
+def test_what_does_not_come_as_it_is_is_not_trusted(
+    nursery: Nursery, settings: dict[str, str], fault: str, told: str
+) -> None:
+    outcomes = nursery.run("lose_copies", 2, settings=settings, fault=fault)
+    first, second = values(outcomes)
+    assert first["refusal"] == f"what rank 1 of them sends {told}"
+    for found in (first, second):
+        assert found["refusal"]
+        assert found["same"] == [True] * 3
+        assert found["copied"] == 0
+        assert found["later"] == 4 * BLOCKS  # once all was given up
+
+
 def test_recorded_copies(nursery: Nursery, settings: dict[str, str]) -> None:
     lengths = [[64, 16], [32, 8]]
     outcomes = nursery.run("record_copies", 2, settings=settings, lengths=lengths, count=12)
