@@ -66,6 +66,7 @@ def expected() -> dict[str, str]:
         if (found := re.search(r"context of one process costs (\d+ MiB)", check["detail"]))
     }
     assert not soak("pings_failed")
+    modes = ("off", "auto")
     slow = max(stage.get("ping_max", 0) for stage in result("soak")["stages"].values())
     return {
         "hand-over of weights that are on the GPU": ones(
@@ -157,6 +158,13 @@ def expected() -> dict[str, str]:
             unit="s",
             digits=1,
         ),
+        **{
+            label: ones(
+                *(figure("gpu-lora", f"{n} GPU(s), {mode}, LoRA: a forward") for mode in modes),
+                unit="ms",
+            )
+            for n, label in ((1, "a forward at 1024² with a LoRA"), (2, "the same by two"))
+        },
         "decode at 4096²": ones(
             *(figure(several, f"{n} GPU(s): decode at 4096²") for n in (1, 2)), unit="s", digits=1
         ),
