@@ -94,7 +94,7 @@ def test_stage(output: Path, environment: dict[str, str]) -> int:
         report.unlink()
     summary = {
         **describe_run(),
-        "allocator": environment[ALLOCATOR],
+        "allocator": f"{environment[ALLOCATOR]}, of ranks torch's own",
         "seconds": round(time.monotonic() - began, 1),
         "exit_status": status,
         "figures": [

@@ -1,4 +1,4 @@
-"""Ranks on GPUs of their own, over NCCL, against one rank on one GPU: FLUX.1-dev at full size.
+"""Ranks on GPUs of their own against one rank on one GPU: FLUX.1-dev at full size.
 
 Every way to share a forward gives what one GPU gives, at odd sizes too; components reach the other
 GPUs from the first; 28 steps at 1024² and 2048², eager and compiled; decoding of large pictures; a

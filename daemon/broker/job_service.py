@@ -232,7 +232,7 @@ class JobService:
 
     async def _trim(self) -> None:
         with contextlib.suppress(RankLost):
-            await self._group.run(lambda link: m.TrimTask(task=link.new_task()))
+            await self._group.run(lambda link: m.TrimTask(task=link.new_task()), together=True)
 
     async def _do_something(self) -> bool:
         """One step of work, the most urgent first; False when there is none."""

@@ -116,13 +116,15 @@ def activations(
     single_out = (3 + 1 + 2) * stream + mlp + (stream + mlp)
     blocks = [double, double_mlp] if config.double_blocks else []
     blocks += [single, single_out] if config.single_blocks else []
-    # Packed qkv before, under way and after, the output the same way; k and v of a ring, and its
-    # sum in fp32.
+    # Packed qkv before, under way and after, the output the same way; places for four of them where
+    # copy engines exchange, rounded up; k and v of a ring, and its sum in fp32.
     exchange = 0
     if degrees.sequence > 1:
         exchange = (3 * 3 + 2) * stream
     if degrees.ring > 1:
         exchange += 4 * stream + 2 * widened
+    elif degrees.ulysses > 1:
+        exchange += 5 * stream
     # Scores and their softmax in fp32, and scaled queries and keys.
     attention = 0
     if not fused_attention:

@@ -141,7 +141,8 @@ class Denoiser:
         self._contexts: dict[ParallelConfig, ParallelContext] = {}
         self._stacks: OrderedDict[tuple[object, ...], LoraStack] = OrderedDict()
         own_gpus = group.backend == "nccl"
-        self._make_copies = partial(PeerCopies.on_gpu, group.device) if own_gpus else None
+        patience = group.deadline / 4  # the rest of it is for the forward
+        self._make_copies = partial(PeerCopies.on_gpu, group.device, patience) if own_gpus else None
         self._recordings = Recordings(group, reservation, CudaGraph if own_gpus else None)
 
     def config(self, options: DenoiserOptions) -> FluxConfig:

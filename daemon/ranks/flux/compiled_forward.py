@@ -234,7 +234,7 @@ class CompiledShares(CompiledForward):
                     return self._run_compiled(rows)
             except Exception:
                 with suppress(Exception):  # of CUDA, because of the first one
-                    by_heads.join()  # no recording can end before
+                    by_heads.give_up()  # no recording can end before
                 raise
 
         return Recordable(rows, output, compute, self._flux.rotations, asked.nbytes, asked.stack)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Graph(Protocol):
 class CudaGraph:
     """A `Graph` of CUDA's (``torch.cuda.CUDAGraph``), with a memory pool of its own."""
 
+    _stream: ClassVar[torch.cuda.Stream | None] = None
+
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
         self.nbytes = 0
@@ -51,7 +53,10 @@ class CudaGraph:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = _unused_bytes()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # One for all: torch's are few, and another one's may be that of an exchange.
+        if CudaGraph._stream is None:
+            CudaGraph._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = CudaGraph._stream
         own: list[Exception] = []  # emptied, as its frames hold all that there was
         try:
             # torch returns to the stream before only if all went well. Other threads, NCCL's

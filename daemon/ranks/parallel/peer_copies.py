@@ -8,11 +8,16 @@ One place for each of the four tensors of a block is enough, and nobody has to b
 free: a rank sends a block's query, key or value only after it has, of everybody, the output of the
 block before, which they sent when they had attended; and an output only after it has the query, key
 and value of everybody, which are computed from what was received of the output before.
+
+A stream waits for a flag without a deadline. A collective that has one must follow before a rank
+waits for what is computed: at the end of each forward its tokens are gathered.
 """
 
 from __future__ import annotations
 
+import enum
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -36,7 +41,8 @@ _GRANULE = 2 << 20  # bytes; the driver packs smaller allocations together
 _FLAG_BYTES = 4
 _MOST_WAYS = 32  # flags of as many ranks lie before the places
 _PROOF_BYTES = 1 << 20
-_PROOF_SECONDS = 10.0
+_SMALLEST = 64 << 10  # bytes of a place
+_SET = (1).to_bytes(_FLAG_BYTES, sys.byteorder)
 _FLAGS_BYTES = _PLACES * _MOST_WAYS * _FLAG_BYTES
 
 
@@ -109,6 +115,14 @@ class _Buffer:
         return self.addresses[rank] + (number * _MOST_WAYS + sender) * _FLAG_BYTES
 
 
+class _Verdict(enum.IntEnum):
+    """On a new buffer; that of a group is its worst."""
+
+    FIT = 0
+    NO_ROOM = 1  # another time
+    UNFIT = 2  # never
+
+
 class PeerCopies:
     """Exchanges of the ranks of ``group``, each on a GPU of its own, all of one host.
 
@@ -116,59 +130,72 @@ class PeerCopies:
     """
 
     def __init__(
-        self, driver: CudaDriver, ordinal: int, device: torch.device, lanes: Lanes, group: Any
+        self,
+        driver: CudaDriver,
+        ordinal: int,
+        device: torch.device,
+        lanes: Lanes,
+        group: Any,
+        patience: float,
     ) -> None:
-        """``ordinal``: of the GPU; ``device``: of tensors, which ``group`` gathers too."""
+        """``ordinal``: of the GPU; ``device``: of tensors, which ``group`` gathers too;
+        ``patience``: seconds that a proof may take."""
         self._driver = driver
         self._ordinal = ordinal
         self._device = device
         self._lanes = lanes
         self._group = group
+        self._patience = patience
         self._rank = dist.get_rank(group)
         self._ways = dist.get_world_size(group)
         self._buffers: list[_Buffer] = []  # each larger than the one before
-        self.refusal: str | None = None  # why there are none
+        self._proven = False
+        self._verdict = _Verdict.FIT
+        self._reason = ""  # this rank's own, for another verdict
+        self._last: CopiedHeads | None = None
 
     @classmethod
-    def on_gpu(cls, device: torch.device, group: Any) -> PeerCopies | None:
-        """Those of a rank on that GPU; None where the driver is too old for them."""
+    def on_gpu(cls, device: torch.device, patience: float, group: Any) -> PeerCopies | None:
+        """Those of a rank on that GPU; None, told in the log, where there are none."""
+        if dist.get_world_size(group) > _MOST_WAYS:
+            _say_why(f"at most {_MOST_WAYS} ranks can")
+            return None
         try:
             driver = CudaDriver.load()
         except CudaUnavailable as error:
-            _log.warning("ranks exchange by NCCL, not by copy engines: %s", error)
+            _say_why(str(error))
             return None
         if not driver.has_stream_values:
-            _log.warning("ranks exchange by NCCL, not by copy engines: CUDA 11.7 is needed")
+            _say_why("the driver is too old: CUDA 11.7 or later is needed")
             return None
-        return cls(driver, device.index or 0, device, CudaLanes(device), group)
+        return cls(driver, device.index or 0, device, CudaLanes(device), group, patience)
 
-    def heads(self, nbytes: int, attend: Attend) -> HeadExchange | None:
-        """The exchange of one forward, whose packed tensors have as many bytes.
+    def heads(self, nbytes: int, attend: Attend) -> CopiedHeads | None:
+        """The exchange of one forward, whose packed tensors have at most as many bytes.
 
-        None where memory cannot be shared: one rank has none, cannot open another's, or is not
-        reached by it; told in the log, once until :meth:`close`. Raises RuntimeError if a rank
-        stays away.
+        None, told in the log, where there is none: one rank has no memory (until :meth:`close`),
+        cannot open another's, or is not reached by it. Raises RuntimeError if a rank stays away,
+        and if the forward before was given up in the middle, as flags may be left of it.
         """
-        if self._ways > _MOST_WAYS or self.refusal is not None:
-            return None
+        if self._last is not None and self._last.unfinished:
+            raise RuntimeError("an exchange was given up in the middle: ranks must begin anew")
         fitting = [buffer for buffer in self._buffers if buffer.capacity >= nbytes]
-        buffer = fitting[0] if fitting else self._add_buffer(nbytes)
-        return None if buffer is None else CopiedHeads(self, buffer, attend)
+        if not fitting and self._verdict is _Verdict.FIT and self._add_buffer(nbytes):
+            fitting = self._buffers[-1:]
+        self._last = CopiedHeads(self, fitting[0], attend) if fitting else None
+        return self._last
 
     def close(self) -> None:
-        """Free all memory, and try again what failed. No recording of an exchange may be left."""
-        self.refusal = None
-        if not self._buffers:
-            return
-        with self._driver.context(self._ordinal):
-            self._driver.synchronize()
-            self._agree(True)  # nobody copies to here any more
-            for buffer in self._buffers:
-                self._close_others(buffer)
-            self._agree(True)
-            for buffer in self._buffers:
-                self._driver.mem_free(buffer.addresses[self._rank])
-        self._buffers.clear()
+        """Free all memory; what there was no room for is tried again.
+
+        No recording of an exchange may be left.
+        """
+        if self._verdict is _Verdict.NO_ROOM:
+            self._verdict = _Verdict.FIT
+        self._last = None
+        buffers, self._buffers = self._buffers, []
+        if buffers:
+            self._release(buffers)
 
     @property
     def nbytes(self) -> int:
@@ -180,6 +207,8 @@ class PeerCopies:
 
         It is complete after :meth:`receive`; ``packed`` is read until then.
         """
+        if packed.nbytes > buffer.capacity:
+            raise RuntimeError(f"{packed.nbytes} bytes do not fit a place of {buffer.capacity}")
         part = packed.nbytes // self._ways
         with self._driver.context(self._ordinal):
             for step in range(1, self._ways + 1):
@@ -195,7 +224,7 @@ class PeerCopies:
         return place.view(packed.dtype).view(packed.shape)
 
     def receive(self, buffer: _Buffer, numbers: Sequence[int]) -> None:
-        """Have what is computed next wait for what others sent to these places."""
+        """Have what is computed next wait for all copies, and what others sent to these places."""
         with self._driver.context(self._ordinal):
             self._lanes.join()
             flags = [
@@ -204,110 +233,128 @@ class PeerCopies:
                 for sender in range(self._ways)
                 if sender != self._rank
             ]
-            self._driver.take_values(flags, 1, self._lanes.main)
+            if flags:
+                self._driver.take_values(flags, 1, self._lanes.main)
 
-    def _add_buffer(self, nbytes: int) -> _Buffer | None:
-        capacity = 1 << (nbytes - 1).bit_length()
+    def _add_buffer(self, nbytes: int) -> bool:
+        capacity = _round_up(nbytes)
         with self._driver.context(self._ordinal):
             buffer, handle = self._allocate(capacity)
-            handles = self._gather(handle)
-            opened = all(map(any, handles)) and buffer is not None and self._open(buffer, handles)
-            proven = self._agree(opened) and buffer is not None and self._try(buffer)
-            if self._agree(proven) and buffer is not None:
-                self._buffers.append(buffer)
-                return buffer
-            if buffer is not None:
-                self._driver.synchronize()
-                self._close_others(buffer)
-            self._agree(True)
-            if buffer is not None:
-                self._driver.mem_free(buffer.addresses[self._rank])
-        self.refusal = self.refusal or "another rank cannot"
-        _log.warning(
-            "ranks exchange by NCCL, not by copy engines, which cannot share memory: %s",
-            self.refusal,
-        )
-        return None
+        handles = self._gather(handle)
+        mine = _Verdict.NO_ROOM
+        if buffer is not None:
+            mine = self._judge(self._open, buffer, handles) if any(handle) else _Verdict.UNFIT
+        verdict = self._worst(mine)
+        if verdict is _Verdict.FIT and buffer is not None and not self._proven:
+            verdict = self._worst(self._judge(self._prove, buffer))
+        if verdict is _Verdict.FIT and buffer is not None:
+            self._proven = True
+            self._buffers.append(buffer)
+            return True
+        self._release([] if buffer is None else [buffer])
+        self._verdict = verdict
+        _say_why(self._reason or "another rank cannot, see what it says")
+        return False
 
     def _allocate(self, capacity: int) -> tuple[_Buffer | None, bytes]:
-        """With a handle of zeros where there is no memory."""
-        size = _Buffer.size(capacity)
+        """With a handle of zeros where there is none."""
+        no_handle = bytes(IPC_HANDLE_BYTES)
         try:
-            address = self._driver.mem_alloc(size)
+            address = self._allocate_bytes(_Buffer.size(capacity))
         except CudaError as error:
-            self.refusal = str(error)
-            return None, bytes(IPC_HANDLE_BYTES)
+            self._reason = str(error)
+            return None, no_handle
         buffer = _Buffer(address, capacity, self._rank)
         try:
             self._driver.memset_async(address, 0, _FLAGS_BYTES)
             self._driver.synchronize()
             return buffer, self._driver.ipc_get_handle(address)
         except CudaError as error:
-            self.refusal = str(error)
-            return buffer, bytes(IPC_HANDLE_BYTES)
+            self._reason = str(error)
+            return buffer, no_handle
+
+    def _allocate_bytes(self, nbytes: int) -> int:
+        try:
+            return self._driver.mem_alloc(nbytes)
+        except CudaError:
+            if self._device.type != "cuda":
+                raise
+            torch.cuda.empty_cache()  # torch may keep what nobody uses
+            return self._driver.mem_alloc(nbytes)
+
+    def _judge(self, accept: Callable[..., bool], *arguments: object) -> _Verdict:
+        """What a step comes to that asks nothing of other ranks; RuntimeError is torch's."""
+        try:
+            with self._driver.context(self._ordinal):
+                return _Verdict.FIT if accept(*arguments) else _Verdict.UNFIT
+        except (CudaError, RuntimeError) as error:
+            self._reason = str(error)
+            full = isinstance(error, torch.OutOfMemoryError)
+            return _Verdict.NO_ROOM if full else _Verdict.UNFIT
 
     def _open(self, buffer: _Buffer, handles: Sequence[bytes]) -> bool:
         for peer, handle in enumerate(handles):
-            if peer != self._rank:
-                try:
-                    buffer.addresses[peer] = self._driver.ipc_open_handle(handle)
-                except CudaError as error:
-                    self.refusal = str(error)
-                    return False
+            if peer != self._rank and any(handle):
+                buffer.addresses[peer] = self._driver.ipc_open_handle(handle)
         return True
-
-    def _try(self, buffer: _Buffer) -> bool:
-        try:
-            return self._prove(buffer)
-        except CudaError as error:
-            self.refusal = str(error)
-            return False
 
     def _prove(self, buffer: _Buffer) -> bool:
         """Whether what is sent comes as it is: some boards only say that they reach each other."""
         nbytes = min(_PROOF_BYTES, buffer.capacity // self._ways)
         everybody = range(self._ways)
+        end = time.monotonic() + self._patience
         for number in range(_PLACES):
             sent = [self._pattern(self._rank, peer, number, nbytes) for peer in everybody]
             packed = torch.stack(sent)
             place = self.send(buffer, number, packed)
-            self._lanes.join()
-            if not self._wait_for_flags(buffer, number):
+            senders = [peer for peer in everybody if peer != self._rank]
+            if not all(self._sees_flag(buffer, number, peer, end) for peer in senders):
                 return False
             self.receive(buffer, [number])
             del packed  # it was read until then
             for peer in everybody:
                 if not torch.equal(place[peer], self._pattern(peer, self._rank, number, nbytes)):
-                    self.refusal = f"what rank {peer} of them sends comes as something else"
+                    self._reason = f"what {self._name(peer)} sends comes as something else"
                     return False
         return True
 
-    def _wait_for_flags(self, buffer: _Buffer, number: int) -> bool:
+    def _sees_flag(self, buffer: _Buffer, number: int, peer: int, end: float) -> bool:
         """By the host, which can give up."""
-        for peer in range(self._ways):
-            flag, end = buffer.flag(self._rank, number, peer), time.monotonic() + _PROOF_SECONDS
-            while peer != self._rank and not any(self._driver.copy_from_device(flag, _FLAG_BYTES)):
-                if time.monotonic() > end:
-                    self.refusal = f"what rank {peer} of them sends does not come"
-                    return False
-                time.sleep(0.001)
-        return True
+        flag, clear = buffer.flag(self._rank, number, peer), bytes(_FLAG_BYTES)
+        while (found := self._driver.copy_from_device(flag, _FLAG_BYTES)) == clear:
+            if time.monotonic() > end:
+                self._reason = f"what {self._name(peer)} sends does not come"
+                return False
+            time.sleep(0.001)
+        if found != _SET:
+            self._reason = f"what {self._name(peer)} sends comes as something else"
+        return found == _SET
 
     def _pattern(self, sender: int, receiver: int, number: int, nbytes: int) -> Tensor:
         """(nbytes,) uint8 that everybody knows."""
         seed = (sender * _MOST_WAYS + receiver) * _PLACES + number
-        generator = torch.Generator().manual_seed(seed)
-        numbers = torch.randint(256, (nbytes,), dtype=torch.uint8, generator=generator)
-        return numbers.to(self._device)
+        places = torch.arange(nbytes, dtype=torch.int32, device=self._device)
+        return (places * 40503 + seed * 9973 >> 5 & 255).to(torch.uint8)
 
-    def _close_others(self, buffer: _Buffer) -> None:
-        for peer, address in buffer.addresses.items():
-            if peer != self._rank:
-                with suppress(CudaError):  # of a context that is broken anyway
-                    self._driver.ipc_close_handle(address)
+    def _name(self, peer: int) -> str:
+        return f"rank {dist.get_global_rank(self._group, peer)}"
 
-    def _agree(self, whether: bool) -> bool:
-        return all(map(any, self._gather(bytes([whether]))))
+    def _release(self, buffers: Sequence[_Buffer]) -> None:
+        """Free them, once nobody has them open; all ranks together."""
+        with self._driver.context(self._ordinal):
+            self._driver.synchronize()
+            for buffer in buffers:
+                for peer, address in buffer.addresses.items():
+                    if peer != self._rank:
+                        with suppress(CudaError):  # of a context that is broken anyway
+                            self._driver.ipc_close_handle(address)
+        self._worst(_Verdict.FIT)
+        with self._driver.context(self._ordinal):
+            for buffer in buffers:
+                self._driver.mem_free(buffer.addresses[self._rank])
+
+    def _worst(self, verdict: _Verdict) -> _Verdict:
+        return _Verdict(max(found for (found,) in self._gather(bytes([verdict]))))
 
     def _gather(self, data: bytes) -> list[bytes]:
         """Everybody's bytes, as many each."""
@@ -324,7 +371,7 @@ class PeerCopies:
 
 
 class CopiedHeads(HeadExchange):
-    """A `HeadExchange` over `PeerCopies`, whose every packed tensor has as many bytes.
+    """A `HeadExchange` over `PeerCopies`; all ranks' packed tensors have as many bytes.
 
     What :meth:`send` and :meth:`attend` give for what is on its way only stands for it, as
     compilers may write over memory that they were given. So it costs memory that nobody touches.
@@ -338,11 +385,22 @@ class CopiedHeads(HeadExchange):
         self._sent: dict[int, Tensor] = {}  # by place
         self._coming: dict[int, Tensor] = {}  # by the address of what stands for it
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether something was sent that was not received."""
+        return bool(self._count % _PLACES or self._sent or self._coming)
+
     def join(self) -> None:
         """See `HeadExchange.join`."""
-        if self._sent:
-            self._copies.receive(self._buffer, list(self._sent))
+        self._copies.receive(self._buffer, list(self._sent))
         self._sent.clear()
+
+    def give_up(self) -> None:
+        """See `HeadExchange.give_up`."""
+        self._copies.receive(self._buffer, [])
+        self._count = 0
+        self._sent.clear()
+        self._coming.clear()
 
     def _send(self, packed: Tensor) -> Tensor:
         number = self._count % _PLACES
@@ -369,3 +427,17 @@ class _DeviceBytes:
 
 
 MakeCopies = Callable[[Any], PeerCopies | None]
+
+
+def _round_up(nbytes: int) -> int:
+    """By an eighth at most, so that few sizes make few buffers."""
+    step = max(_SMALLEST, 1 << nbytes.bit_length() >> 4)
+    return -(-nbytes // step) * step
+
+
+def _say_why(reason: str) -> None:
+    _log.warning(
+        "ranks exchange by NCCL, not by their GPUs' copy engines: %s. Pictures are the same, steps "
+        "on several GPUs a few percent slower; docs/operations.md says what is needed",
+        reason,
+    )

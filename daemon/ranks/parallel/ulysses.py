@@ -127,6 +127,10 @@ class HeadExchange:
             work.wait()
         self._under_way.clear()
 
+    def give_up(self) -> None:
+        """Join what is under way of a forward that failed while it was recorded."""
+        self.join()
+
     def _send(self, packed: Tensor) -> Tensor:
         received = torch.empty_like(packed)
         work = dist.all_to_all_single(received, packed, group=self._group, async_op=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from xdit_sidecar.daemon.ranks.flux import recordings as recordings_module
 from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledShares
 from xdit_sidecar.daemon.ranks.flux.recordings import Recordings
 from xdit_sidecar.daemon.ranks.parallel import peer_copies, process_group
+from xdit_sidecar.daemon.ranks.parallel.attention import LocalExchange
 from xdit_sidecar.daemon.ranks.parallel.config import ParallelConfig
 from xdit_sidecar.daemon.ranks.parallel.contexts import ParallelContext
 from xdit_sidecar.daemon.ranks.parallel.peer_copies import CopiedHeads, PeerCopies
@@ -27,22 +32,31 @@ class HostLanes:
 
     def __init__(self, driver: CudaDriver, ordinal: int) -> None:
         self._driver = driver
+        self._forked = False
         with driver.context(ordinal):
-            self.main = driver.stream_create()
+            self._stream = driver.stream_create()
+
+    @property
+    def main(self) -> int:
+        assert not self._forked, "what is computed next waits for no copy"
+        return self._stream
 
     def fork(self, peer: int) -> int:
-        return self.main
+        self._forked = True
+        return self._stream
 
     def join(self) -> None:
-        self._driver.stream_synchronize(self.main)
+        self._forked = False
+        self._driver.stream_synchronize(self._stream)
 
 
 class Scene:
     """A model and two contexts of the same ranks, of which one exchanges by copies."""
 
-    def __init__(self, place: Place, degrees: dict[str, int]) -> None:
+    def __init__(self, place: Place, degrees: dict[str, int], patience: float = 10.0) -> None:
         self.group = place.join()
         self.ordinal = place.rank
+        self.patience = patience
         self.driver = CudaDriver.load()
         self.made: list[PeerCopies] = []
         config = ParallelConfig(**degrees)
@@ -52,7 +66,8 @@ class Scene:
 
     def make(self, group: Any) -> PeerCopies:
         lanes = HostLanes(self.driver, self.ordinal)
-        self.made.append(PeerCopies(self.driver, self.ordinal, CPU, lanes, group))
+        copies = PeerCopies(self.driver, self.ordinal, CPU, lanes, group, self.patience)
+        self.made.append(copies)
         return self.made[0]
 
     def same(self, lengths: list[int], rows: int, seed: int) -> bool:
@@ -78,23 +93,67 @@ def count_copies() -> list[int]:
     return sent
 
 
+def slow_down(seconds: float) -> None:
+    """This rank is late with its output from now on: the others are ahead of it."""
+    original = LocalExchange.attend
+
+    def attend(self: LocalExchange, *tensors: torch.Tensor) -> torch.Tensor:
+        time.sleep(seconds)
+        return original(self, *tensors)
+
+    LocalExchange.attend = attend  # type: ignore[method-assign]
+
+
+@contextmanager
+def warnings() -> Iterator[list[str]]:
+    """What is said of exchanges meanwhile."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    peer_copies._log.addHandler(handler)
+    try:
+        yield said
+    finally:
+        peer_copies._log.removeHandler(handler)
+
+
+@contextmanager
+def broken(place: Place, name: str, after: int, otherwise: int | None) -> Iterator[None]:
+    """A method of rank 1's driver does nothing from its n-th call on, or writes another value."""
+    original = getattr(CudaDriver, name)
+    calls = itertools.count()
+
+    def call(self: CudaDriver, *arguments: int) -> None:
+        if next(calls) < after:
+            original(self, *arguments)
+        elif otherwise is not None:
+            original(self, arguments[0], otherwise, arguments[2])
+
+    if place.rank == 1:
+        setattr(CudaDriver, name, call)
+    yield
+    setattr(CudaDriver, name, original)
+
+
 def copy_heads(
-    place: Place, *, degrees: dict[str, int], runs: list[tuple[list[int], int]]
+    place: Place, *, degrees: dict[str, int], runs: list[tuple[list[int], int]], skew: float
 ) -> dict[str, Any]:
     """Forwards by copies and by the group, with ``runs`` of lengths and rows, and memory."""
     scene = Scene(place, degrees)
     sent = count_copies()
     before = scene.free()
+    if place.rank == 0:
+        slow_down(skew)
     same, copied, held = [], [], []
-    for seed, (lengths, rows) in enumerate(runs):
-        count = len(sent)
-        same.append(scene.same(lengths, rows, seed))
-        copied.append(len(sent) - count)
-        held.append(scene.made[0].nbytes)
+    with warnings() as said:
+        for seed, (lengths, rows) in enumerate(runs):
+            count = len(sent)
+            same.append(scene.same(lengths, rows, seed))
+            copied.append(len(sent) - count)
+            held.append(scene.made[0].nbytes)
     scene.copying.give_up()
     freed = scene.free() == before
     again = scene.same(*runs[0], 99)
-    taken = before - scene.free()
     process_group.leave()
     return {
         "same": same,
@@ -102,49 +161,80 @@ def copy_heads(
         "held": held,
         "freed": freed,
         "again": again,
-        "taken": taken,
-        "refusal": scene.made[0].refusal,
+        "said": said,
     }
 
 
 def fail_to_copy(place: Place, *, call: str) -> dict[str, Any]:
-    """One rank's driver refuses ``call``."""
+    """One rank's driver refuses ``call`` for a while, when there is a smaller buffer already."""
     scene = Scene(place, {"ulysses": place.world_size})
     sent = count_copies()
-    before = scene.free()
+    same = [scene.same([64, 16], 1, 0)]
+    before, copied = scene.free(), len(sent)
     if place.rank == 1:
         os.environ["FAKE_CUDA_FAIL"] = f"{call}=2"
-    same = [scene.same([64, 16], 1, seed) for seed in range(2)]
+    with warnings() as said:
+        same += [scene.same([512, 64], 4, seed) for seed in range(2)]
+        larger = len(sent) - copied
+        freed = scene.free() == before
+        same.append(scene.same([64, 16], 1, 1))
+    smaller = len(sent) - copied - larger
     os.environ.pop("FAKE_CUDA_FAIL", None)
-    found = {
+    scene.copying.give_up()
+    copied = len(sent)
+    same.append(scene.same([512, 64], 4, 3))
+    later = len(sent) - copied
+    scene.copying.give_up()
+    process_group.leave()
+    return {
         "same": same,
-        "copied": len(sent),
-        "freed": scene.free() == before,
-        "refusal": scene.made[0].refusal,
+        "larger": larger,
+        "smaller": smaller,
+        "later": later,
+        "freed": freed,
+        "said": said,
     }
-    scene.copying.give_up()
-    process_group.leave()
-    return found
 
 
-def lose_copies(place: Place, *, fault: str) -> dict[str, Any]:
-    """A board on which what rank 1 sends does not come, or comes as something else; for a while."""
-    scene = Scene(place, {"ulysses": place.world_size})
+def lose_copies(
+    place: Place, *, name: str, after: int, otherwise: int | None, patience: float
+) -> dict[str, Any]:
+    """A board on which what rank 1 sends does not come, or comes as something else."""
+    scene = Scene(place, {"ulysses": place.world_size}, patience)
     sent = count_copies()
-    peer_copies._PROOF_SECONDS = 0.5
-    if place.rank == 1:
-        original = {"copy_on_device_async": CudaDriver.copy_on_device_async}
-        original["write_value"] = CudaDriver.write_value
-        setattr(CudaDriver, fault, lambda *_: None)
-    same = [scene.same([64, 16], 1, seed) for seed in range(2)]
-    refusal, copied = scene.made[0].refusal, len(sent)
-    if place.rank == 1:
-        setattr(CudaDriver, fault, original[fault])
-    scene.copying.give_up()
-    same.append(scene.same([64, 16], 1, 3))
-    scene.copying.give_up()
+    before = scene.free()
+    with warnings() as said:
+        with broken(place, name, after, otherwise):
+            same = [scene.same([64, 16], 1, seed) for seed in range(2)]
+        freed = scene.free() == before
+        scene.copying.give_up()
+        same.append(scene.same([64, 16], 1, 3))  # a board stays as it is
     process_group.leave()
-    return {"same": same, "copied": copied, "refusal": refusal, "later": len(sent)}
+    return {"same": same, "copied": len(sent), "freed": freed, "said": said}
+
+
+def give_up_in_the_middle(place: Place, *, after: int) -> dict[str, Any]:
+    """All ranks fail after so many sent tensors of a forward; what is said of the next."""
+    scene = Scene(place, {"ulysses": place.world_size})
+    scene.same([64, 16], 1, 0)
+    original = CopiedHeads._send
+    calls = itertools.count()
+
+    def send(self: CopiedHeads, packed: torch.Tensor) -> torch.Tensor:
+        if next(calls) == after:
+            raise ValueError("in the middle")
+        return original(self, packed)
+
+    CopiedHeads._send = send  # type: ignore[method-assign]
+    inputs = FluxInputs(**make_inputs(1, 64, 16, 1, torch.float32))
+    with suppress(ValueError):
+        scene.flux.forward(scene.copying, inputs)
+    CopiedHeads._send = original  # type: ignore[method-assign]
+    try:
+        same = scene.same([64, 16], 1, 1)
+    except RuntimeError as error:
+        return {"refused": str(error), "same": None}
+    return {"refused": None, "same": same}
 
 
 def record_copies(place: Place, *, lengths: list[list[int]], count: int) -> dict[str, Any]:
@@ -172,5 +262,6 @@ def record_copies(place: Place, *, lengths: list[list[int]], count: int) -> dict
 
 
 TASKS: dict[str, Callable[..., Any]] = {
-    task.__name__: task for task in (copy_heads, fail_to_copy, lose_copies, record_copies)
+    task.__name__: task
+    for task in (copy_heads, fail_to_copy, lose_copies, give_up_in_the_middle, record_copies)
 }
