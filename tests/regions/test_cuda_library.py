@@ -51,3 +51,16 @@ def test_a_driver_without_the_newer_uuid_call_will_do(
     monkeypatch.setenv("FAKE_CUDA_FAIL", "cuDeviceGetUuid_v2=801")
     driver = CudaDriver.load(str(library))
     assert driver.device_uuid(0).startswith("GPU-fa4ec0da-")
+
+
+def test_a_driver_in_which_streams_wait_for_nothing_will_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert CudaDriver.load(build.fake_libcuda()).has_stream_values
+    library = tmp_path / "old.so"
+    content = Path(build.fake_libcuda()).read_bytes()
+    library.write_bytes(content.replace(b"cuStreamBatchMemOp_v2", b"cuStreamBatchMemOp_v9"))
+    driver = CudaDriver.load(str(library))
+    assert not driver.has_stream_values
+    assert driver.device_count() > 0

@@ -166,7 +166,7 @@ class PeerCopies:
             _say_why(str(error))
             return None
         if not driver.has_stream_values:
-            _say_why("the driver is too old: CUDA 11.7 or later is needed")
+            _say_why("the driver is too old, CUDA 11.7 or later is needed")
             return None
         return cls(driver, device.index or 0, device, CudaLanes(device), group, patience)
 
@@ -439,5 +439,5 @@ def _say_why(reason: str) -> None:
     _log.warning(
         "ranks exchange by NCCL, not by their GPUs' copy engines: %s. Pictures are the same, steps "
         "on several GPUs a few percent slower; docs/operations.md says what is needed",
-        reason,
+        reason.rstrip("."),
     )

@@ -237,6 +237,16 @@ def give_up_in_the_middle(place: Place, *, after: int) -> dict[str, Any]:
     return {"refused": None, "same": same}
 
 
+def look_for_copies(place: Place) -> dict[str, Any]:
+    """What there is by the driver that is here."""
+    group = place.join()
+    context = ParallelContext.build(ParallelConfig(ulysses=2), group)
+    with warnings() as said:
+        found = PeerCopies.on_gpu(torch.device("cuda", 0), 1.0, context._sequence_groups[0])
+    process_group.leave()
+    return {"found": found is not None, "said": said}
+
+
 def record_copies(place: Place, *, lengths: list[list[int]], count: int) -> dict[str, Any]:
     """Compiled forwards by copies, recorded and replayed, against eager ones by the group."""
     scene = Scene(place, {"ulysses": place.world_size})
@@ -263,5 +273,12 @@ def record_copies(place: Place, *, lengths: list[list[int]], count: int) -> dict
 
 TASKS: dict[str, Callable[..., Any]] = {
     task.__name__: task
-    for task in (copy_heads, fail_to_copy, lose_copies, give_up_in_the_middle, record_copies)
+    for task in (
+        copy_heads,
+        fail_to_copy,
+        lose_copies,
+        give_up_in_the_middle,
+        look_for_copies,
+        record_copies,
+    )
 }

@@ -120,6 +120,22 @@ def test_after_a_forward_that_was_given_up_ranks_begin_anew(
             assert found["same"]
 
 
+@pytest.mark.parametrize("old", [True, False])
+def test_without_a_driver_for_it_the_log_says_why(
+    nursery: Nursery, settings: dict[str, str], tmp_path: Path, old: bool
+) -> None:
+    library = tmp_path / "libcuda.so"
+    if old:  # a symbol by another name is not found
+        content = Path(fake_libcuda()).read_bytes()
+        renamed = content.replace(b"cuStreamBatchMemOp_v2", b"cuStreamBatchMemOp_v9")
+        library.write_bytes(renamed)
+    settings = {**settings, LIBRARY_VARIABLE: str(library)}
+    for found in values(nursery.run("look_for_copies", 2, settings=settings)):
+        assert not found["found"]
+        (line,) = found["said"]
+        assert ("CUDA 11.7 or later" if old else "cannot be loaded") in line
+
+
 def test_recorded_copies(nursery: Nursery, settings: dict[str, str]) -> None:
     lengths = [[64, 16], [32, 8]]
     outcomes = nursery.run("record_copies", 2, settings=settings, lengths=lengths, count=12)
