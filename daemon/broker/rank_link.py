@@ -51,6 +51,7 @@ class RankLink:
         self.session: str | None = None  # set when it asks for its first task
         self.copied = 0  # bytes of components in host memory, on its device
         self.transformers: list[m.TransformerStatus] = []  # as it last said
+        self.by_nccl: str | None = None  # the same
         self._deliver = deliver
         self._on_ready = on_ready
         self._on_exit = on_exit
@@ -100,6 +101,9 @@ class RankLink:
                     reason=told.reason,
                 )
         self.transformers = request.transformers
+        if request.by_nccl is not None and request.by_nccl != self.by_nccl:
+            log("exchange-by-nccl", "warning", rank=self.rank, reason=request.by_nccl)
+        self.by_nccl = request.by_nccl
         future = self._running.pop(request.task, None)
         if future is not None and not future.done() and request.outcome is not None:
             future.set_result(Result(request.outcome, frames))

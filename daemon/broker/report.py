@@ -66,6 +66,7 @@ def _group(broker: Broker) -> m.GroupStatus | None:
         state=group.state,
         error=group.error,
         backend=group.backend,
+        by_nccl=next((link.by_nccl for link in group.links if link.by_nccl), None),
         deadline_seconds=group.deadline,
         jobs=len(service.jobs),
         kept_tensors=len(service.kept),

@@ -88,6 +88,8 @@ def describe_status(
     for rank in status.ranks:
         for told in rank.transformers:
             yield f"rank {rank.rank}: {describe_transformer(told)}"
+    if status.group is not None and status.group.by_nccl:
+        yield f"ranks exchange by NCCL, not by copy engines: {status.group.by_nccl}"
     for session in sessions:
         for line in session.meaning:
             yield f"{session.session}: {line}"

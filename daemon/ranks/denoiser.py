@@ -7,12 +7,14 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...protocol import limits
 from ...protocol import messages as m
+from ...protocol.regions.cuda_driver import CudaUnavailable
 from ..models.degrees import choose_degrees
 from ..models.flux_config import FluxConfig
 from ..models.flux_detection import detect_flux
@@ -39,6 +41,7 @@ from .reservation import Reservation
 
 _MOST_STACKS = 8
 _MOST_RUNS = 16
+_LONGEST_REASON = 200
 _RUN_BYTES = 8 << 30  # of keys and values that PipeFusion keeps
 _FP8_OPTIONS = "an fp8 file, which needs no copy, or products in the compute dtype"
 
@@ -140,10 +143,10 @@ class Denoiser:
         self._reservation = reservation
         self._contexts: dict[ParallelConfig, ParallelContext] = {}
         self._stacks: OrderedDict[tuple[object, ...], LoraStack] = OrderedDict()
-        own_gpus = group.backend == "nccl"
-        patience = group.deadline / 4  # the rest of it is for the forward
-        self._make_copies = partial(PeerCopies.on_gpu, group.device, patience) if own_gpus else None
-        self._recordings = Recordings(group, reservation, CudaGraph if own_gpus else None)
+        self._no_copies: str | None = None
+        self._recordings = Recordings(
+            group, reservation, CudaGraph if group.backend == "nccl" else None
+        )
 
     def config(self, options: DenoiserOptions) -> FluxConfig:
         """Of the job's transformer. Raises MissingComponent and UnsupportedModel."""
@@ -209,6 +212,12 @@ class Denoiser:
             for status in resident.tell(self._recordings.refusal)
         )
         return list(islice(told, limits.TRANSFORMERS))
+
+    @property
+    def by_nccl(self) -> str | None:
+        """Why ranks exchange by NCCL, where copy engines should; as far as it is known yet."""
+        reasons = (self._no_copies, *(context.no_copies for context in self._contexts.values()))
+        return next(filter(None, reasons), None)
 
     @property
     def copied_bytes(self) -> int:
@@ -294,6 +303,16 @@ class Denoiser:
         if config not in self._contexts:
             self._contexts[config] = ParallelContext.build(config, self._group, self._make_copies)
         return self._contexts[config]
+
+    def _make_copies(self, group: Any) -> PeerCopies | None:
+        if self._group.backend != "nccl":
+            return None  # several ranks on one device, or none
+        patience = self._group.deadline / 4  # the rest of it is for the forward
+        try:
+            return PeerCopies.on_gpu(self._group.device, patience, group)
+        except CudaUnavailable as error:
+            self._no_copies = str(error)[:_LONGEST_REASON]
+            return None
 
     def _stack(self, options: DenoiserOptions, config: FluxConfig) -> LoraStack | None:
         if not options.adapters:

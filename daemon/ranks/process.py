@@ -52,6 +52,7 @@ class RankClient(Client):
                 outcome=outcome,
                 copied=worker.copied_bytes,
                 transformers=worker.transformers,
+                by_nccl=worker.by_nccl,
             )
 
     def _next(

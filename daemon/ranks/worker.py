@@ -119,6 +119,11 @@ class Worker:
         return self._engines.denoiser.transformers()
 
     @property
+    def by_nccl(self) -> str | None:
+        """Why ranks exchange by NCCL, where copy engines should."""
+        return self._engines.denoiser.by_nccl
+
+    @property
     def copied_bytes(self) -> int:
         """On this rank's device: components that lie in host memory, and weights in fp8."""
         return self._components.copied_bytes + self._engines.denoiser.copied_bytes

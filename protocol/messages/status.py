@@ -94,6 +94,7 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: Literal["starting", "ready", "degraded"]
     error: Text | None = None
     backend: Literal["gloo", "nccl"]
+    by_nccl: Name | None = None  # why that exchanges, where copy engines should; since 1.2
     deadline_seconds: float
     jobs: Count  # waiting or running
     kept_tensors: Count  # named by digest

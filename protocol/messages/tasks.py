@@ -37,6 +37,7 @@ class NextTask(Message, frozen=True, tag="next-task", kw_only=True):
     transformers: Annotated[list[TransformerStatus], Meta(max_length=limits.TRANSFORMERS)] = (
         msgspec.field(default_factory=list)
     )
+    by_nccl: Name | None = None  # why it exchanges by NCCL, where copy engines should
 
 
 class ProbeTask(Message, frozen=True, tag="probe-task", kw_only=True):

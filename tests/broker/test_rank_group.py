@@ -162,3 +162,21 @@ def test_work_for_ranks_that_are_gone_is_not_given_to_the_next(tmp_path: Path) -
             scene.group.check_life(life)
 
     play(tmp_path, story)
+
+
+def test_a_rank_that_exchanges_by_nccl_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(scene: Scene) -> None:
+        await scene.get_ready()
+        link = scene.group.links[1]
+        for reason in (None, "no room", "no room", "another reason"):
+            request = m.NextTask(task=0, outcome=None, by_nccl=reason)
+            link.asks(Asker("s1", 1), request, ())
+            assert link.by_nccl == reason
+
+    play(tmp_path, story)
+    assert [each.getMessage() for each in caplog.records if each.levelname == "WARNING"] == [
+        'exchange-by-nccl rank=1 reason="no room"',
+        'exchange-by-nccl rank=1 reason="another reason"',
+    ]

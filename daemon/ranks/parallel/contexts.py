@@ -7,6 +7,7 @@ put in place when it is needed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,12 @@ import torch.distributed as dist
 
 from .attention import LocalExchange
 from .config import ParallelConfig
-from .peer_copies import MakeCopies, PeerCopies
+from .peer_copies import PeerCopies
 from .process_group import CONTEXT_GROUPS, RankGroup, groups_within, sequence_groups
 from .ulysses import HeadExchange
+
+#: Of the ranks of a process group, if they can.
+MakeCopies = Callable[[Any], PeerCopies | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +102,11 @@ class ParallelContext:
         attend = LocalExchange().attend
         copied = None if self._copies is None else self._copies.heads(nbytes, attend)
         return copied or HeadExchange(self._sequence_groups[0], attend)
+
+    @property
+    def no_copies(self) -> str | None:
+        """Why exchanges are by the group, and not by copies as they were to be."""
+        return None if self._copies is None else self._copies.refusal
 
     def give_up(self) -> None:
         """Free what exchanges keep; all ranks together, and no recording of one may be left."""

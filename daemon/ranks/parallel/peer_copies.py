@@ -16,7 +16,6 @@ waits for what is computed: at the end of each forward its tokens are gathered.
 from __future__ import annotations
 
 import enum
-import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +34,6 @@ from ....protocol.regions.cuda_driver import (
 )
 from .ulysses import Attend, HeadExchange
 
-_log = logging.getLogger(__name__)
 _PLACES = 4  # of a block: value, key and query, then the output
 _GRANULE = 2 << 20  # bytes; the driver packs smaller allocations together
 _FLAG_BYTES = 4
@@ -44,6 +42,7 @@ _PROOF_BYTES = 1 << 20
 _SMALLEST = 64 << 10  # bytes of a place
 _SET = (1).to_bytes(_FLAG_BYTES, sys.byteorder)
 _FLAGS_BYTES = _PLACES * _MOST_WAYS * _FLAG_BYTES
+_LONGEST_REASON = 200
 
 
 class Lanes(Protocol):
@@ -155,27 +154,22 @@ class PeerCopies:
         self._last: CopiedHeads | None = None
 
     @classmethod
-    def on_gpu(cls, device: torch.device, patience: float, group: Any) -> PeerCopies | None:
-        """Those of a rank on that GPU; None, told in the log, where there are none."""
+    def on_gpu(cls, device: torch.device, patience: float, group: Any) -> PeerCopies:
+        """Those of a rank on that GPU. Raises CudaUnavailable."""
         if dist.get_world_size(group) > _MOST_WAYS:
-            _say_why(f"at most {_MOST_WAYS} ranks can")
-            return None
-        try:
-            driver = CudaDriver.load()
-        except CudaUnavailable as error:
-            _say_why(str(error))
-            return None
+            raise CudaUnavailable(f"at most {_MOST_WAYS} ranks can share a forward by copies")
+        driver = CudaDriver.load()
         if not driver.has_stream_values:
-            _say_why("the driver is too old, CUDA 11.7 or later is needed")
-            return None
+            raise CudaUnavailable("the driver is too old: CUDA 11.7 or later is needed")
         return cls(driver, device.index or 0, device, CudaLanes(device), group, patience)
 
     def heads(self, nbytes: int, attend: Attend) -> CopiedHeads | None:
         """The exchange of one forward, whose packed tensors have at most as many bytes.
 
-        None, told in the log, where there is none: one rank has no memory (until :meth:`close`),
-        cannot open another's, or is not reached by it. Raises RuntimeError if a rank stays away,
-        and if the forward before was given up in the middle, as flags may be left of it.
+        None, and :attr:`refusal` says why, where there is none: one rank has no memory (until
+        :meth:`close`), cannot open another's, or is not reached by it. Raises RuntimeError if a
+        rank stays away, and if the forward before was given up in the middle, as flags may be left
+        of it.
         """
         if self._last is not None and self._last.unfinished:
             raise RuntimeError("an exchange was given up in the middle: ranks must begin anew")
@@ -196,6 +190,13 @@ class PeerCopies:
         buffers, self._buffers = self._buffers, []
         if buffers:
             self._release(buffers)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why there is no exchange for what is larger than before, or at all."""
+        if self._verdict is _Verdict.FIT:
+            return None
+        return self._reason[:_LONGEST_REASON] or "another rank cannot, and says why"
 
     @property
     def nbytes(self) -> int:
@@ -253,7 +254,6 @@ class PeerCopies:
             return True
         self._release([] if buffer is None else [buffer])
         self._verdict = verdict
-        _say_why(self._reason or "another rank cannot, see what it says")
         return False
 
     def _allocate(self, capacity: int) -> tuple[_Buffer | None, bytes]:
@@ -426,18 +426,7 @@ class _DeviceBytes:
         }
 
 
-MakeCopies = Callable[[Any], PeerCopies | None]
-
-
 def _round_up(nbytes: int) -> int:
     """By an eighth at most, so that few sizes make few buffers."""
     step = max(_SMALLEST, 1 << nbytes.bit_length() >> 4)
     return -(-nbytes // step) * step
-
-
-def _say_why(reason: str) -> None:
-    _log.warning(
-        "ranks exchange by NCCL, not by their GPUs' copy engines: %s. Pictures are the same, steps "
-        "on several GPUs a few percent slower; docs/operations.md says what is needed",
-        reason.rstrip("."),
-    )

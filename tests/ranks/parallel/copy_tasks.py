@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from called_again import CalledAgain
 from rank_tasks import CPU, Place
 from tiny_flux import make_inputs, make_model
+from xdit_sidecar.daemon.ranks.components import OpenComponents
+from xdit_sidecar.daemon.ranks.denoiser import Denoiser
 from xdit_sidecar.daemon.ranks.flux import recordings as recordings_module
 from xdit_sidecar.daemon.ranks.flux.compiled_forward import CompiledShares
 from xdit_sidecar.daemon.ranks.flux.recordings import Recordings
-from xdit_sidecar.daemon.ranks.parallel import peer_copies, process_group
+from xdit_sidecar.daemon.ranks.parallel import process_group
 from xdit_sidecar.daemon.ranks.parallel.attention import LocalExchange
 from xdit_sidecar.daemon.ranks.parallel.config import ParallelConfig
 from xdit_sidecar.daemon.ranks.parallel.contexts import ParallelContext
@@ -105,19 +107,6 @@ def slow_down(seconds: float) -> None:
 
 
 @contextmanager
-def warnings() -> Iterator[list[str]]:
-    """What is said of exchanges meanwhile."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    peer_copies._log.addHandler(handler)
-    try:
-        yield said
-    finally:
-        peer_copies._log.removeHandler(handler)
-
-
-@contextmanager
 def broken(place: Place, name: str, after: int, otherwise: int | None) -> Iterator[None]:
     """A method of rank 1's driver does nothing from its n-th call on, or writes another value."""
     original = getattr(CudaDriver, name)
@@ -145,12 +134,11 @@ def copy_heads(
     if place.rank == 0:
         slow_down(skew)
     same, copied, held = [], [], []
-    with warnings() as said:
-        for seed, (lengths, rows) in enumerate(runs):
-            count = len(sent)
-            same.append(scene.same(lengths, rows, seed))
-            copied.append(len(sent) - count)
-            held.append(scene.made[0].nbytes)
+    for seed, (lengths, rows) in enumerate(runs):
+        count = len(sent)
+        same.append(scene.same(lengths, rows, seed))
+        copied.append(len(sent) - count)
+        held.append(scene.made[0].nbytes)
     scene.copying.give_up()
     freed = scene.free() == before
     again = scene.same(*runs[0], 99)
@@ -161,7 +149,7 @@ def copy_heads(
         "held": held,
         "freed": freed,
         "again": again,
-        "said": said,
+        "refusal": scene.copying.no_copies,
     }
 
 
@@ -173,12 +161,12 @@ def fail_to_copy(place: Place, *, call: str) -> dict[str, Any]:
     before, copied = scene.free(), len(sent)
     if place.rank == 1:
         os.environ["FAKE_CUDA_FAIL"] = f"{call}=2"
-    with warnings() as said:
-        same += [scene.same([512, 64], 4, seed) for seed in range(2)]
-        larger = len(sent) - copied
-        freed = scene.free() == before
-        same.append(scene.same([64, 16], 1, 1))
+    same += [scene.same([512, 64], 4, seed) for seed in range(2)]
+    larger = len(sent) - copied
+    freed = scene.free() == before
+    same.append(scene.same([64, 16], 1, 1))
     smaller = len(sent) - copied - larger
+    refusal = scene.copying.no_copies
     os.environ.pop("FAKE_CUDA_FAIL", None)
     scene.copying.give_up()
     copied = len(sent)
@@ -192,7 +180,7 @@ def fail_to_copy(place: Place, *, call: str) -> dict[str, Any]:
         "smaller": smaller,
         "later": later,
         "freed": freed,
-        "said": said,
+        "refusal": refusal,
     }
 
 
@@ -203,14 +191,14 @@ def lose_copies(
     scene = Scene(place, {"ulysses": place.world_size}, patience)
     sent = count_copies()
     before = scene.free()
-    with warnings() as said:
-        with broken(place, name, after, otherwise):
-            same = [scene.same([64, 16], 1, seed) for seed in range(2)]
-        freed = scene.free() == before
-        scene.copying.give_up()
-        same.append(scene.same([64, 16], 1, 3))  # a board stays as it is
+    with broken(place, name, after, otherwise):
+        same = [scene.same([64, 16], 1, seed) for seed in range(2)]
+    freed = scene.free() == before
+    scene.copying.give_up()
+    same.append(scene.same([64, 16], 1, 3))  # a board stays as it is
     process_group.leave()
-    return {"same": same, "copied": len(sent), "freed": freed, "said": said}
+    refusal = scene.copying.no_copies
+    return {"same": same, "copied": len(sent), "freed": freed, "refusal": refusal}
 
 
 def give_up_in_the_middle(place: Place, *, after: int) -> dict[str, Any]:
@@ -238,13 +226,17 @@ def give_up_in_the_middle(place: Place, *, after: int) -> dict[str, Any]:
 
 
 def look_for_copies(place: Place) -> dict[str, Any]:
-    """What there is by the driver that is here."""
+    """What a rank on a GPU of its own finds by the driver that is here, and tells."""
     group = place.join()
     context = ParallelContext.build(ParallelConfig(ulysses=2), group)
-    with warnings() as said:
-        found = PeerCopies.on_gpu(torch.device("cuda", 0), 1.0, context._sequence_groups[0])
+    on_gpu = replace(group, backend="nccl", device=torch.device("cuda", 0))
+    reservation = Reservation(group, reserve=0, neighbours=1)
+    components = OpenComponents(CPU, reservation)
+    denoiser = Denoiser(on_gpu, components, reservation, compiles=False)
+    before = denoiser.by_nccl
+    found = denoiser._make_copies(context._sequence_groups[0])
     process_group.leave()
-    return {"found": found is not None, "said": said}
+    return {"before": before, "found": found is not None, "told": denoiser.by_nccl}
 
 
 def record_copies(place: Place, *, lengths: list[list[int]], count: int) -> dict[str, Any]:
