@@ -23,7 +23,8 @@ from xdit_sidecar.daemon.ranks.parallel import process_group
 from xdit_sidecar.daemon.ranks.parallel.attention import LocalExchange
 from xdit_sidecar.daemon.ranks.parallel.config import ParallelConfig
 from xdit_sidecar.daemon.ranks.parallel.contexts import ParallelContext
-from xdit_sidecar.daemon.ranks.parallel.peer_copies import CopiedHeads, PeerCopies
+from xdit_sidecar.daemon.ranks.parallel.copied_heads import CopiedHeads
+from xdit_sidecar.daemon.ranks.parallel.peer_copies import PeerCopies
 from xdit_sidecar.daemon.ranks.parallel.transformer import FluxInputs, ParallelFlux
 from xdit_sidecar.daemon.ranks.reservation import Reservation
 from xdit_sidecar.protocol.regions.cuda_driver import CudaDriver
