@@ -17,7 +17,7 @@ class Speed:
     side: int  # pixels
     eager: float | None
     compiled: float | None
-    seconds: float  # of a picture by the faster way
+    seconds: float  # of a picture by the faster way; of the second one, if there were two
     speed_up: float  # against the fewest GPUs there are
     published: float | None  # seconds, of xDiT
 
@@ -36,6 +36,7 @@ def read_speeds(result: Mapping[str, Any]) -> list[Speed]:
                 continue
             fastest = min(known, key=lambda mode: known[mode])
             best[gpus] = known[fastest]
+            picture = f"{name[fastest]}: 28 steps with text"
             published = result.get("published", {}).get(str(gpus))
             speeds.append(
                 Speed(
@@ -43,7 +44,7 @@ def read_speeds(result: Mapping[str, Any]) -> list[Speed]:
                     side=side,
                     eager=steps["off"],
                     compiled=steps["auto"],
-                    seconds=values[f"{name[fastest]}: 28 steps with text"],
+                    seconds=values.get(f"{picture}, again", values[picture]),
                     speed_up=best[min(best)] / best[gpus],
                     published=published if side == _PUBLISHED_SIDE else None,
                 )

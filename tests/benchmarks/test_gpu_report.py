@@ -134,7 +134,8 @@ def test_report_of_several_gpus(tmp_path: Path) -> None:
         "2 GPU(s), off, 1024²: a step": 140.0,
         "2 GPU(s), off, 1024²: 28 steps with text": 4.4,
         "2 GPU(s), auto, 1024²: a step": 100.0,
-        "2 GPU(s), auto, 1024²: 28 steps with text": 3.0,
+        "2 GPU(s), auto, 1024²: 28 steps with text": 3.3,  # in which it is recorded
+        "2 GPU(s), auto, 1024²: 28 steps with text, again": 3.0,
     }
     recorded = [{"name": name, "value": value, "unit": "ms"} for name, value in figures.items()]
     result = {**RECORDED, "published": {"1": 4.3, "2": 2.6}, "figures": recorded}
