@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -29,9 +30,9 @@ from xdit_sidecar.protocol.safetensors_file import SafetensorsFile
 Tensor = torch.Tensor
 
 _PATIENCE = 90.0  # seconds for a call to end at all
-# What takes a CPU about a second, so that a loaded machine is no hang.
-_SECOND = {"height": 64, "width": 64, "text": 64, "batch": 2}
-_SIDES = {"decode": 64, "small decode": 8}  # of latents
+# What is to take a while does so long on this machine, and on a loaded one is no hang yet.
+_AWHILE = 1.2  # seconds
+_SIDES = {"forward": 64, "decode": 64, "small decode": 8}  # of latents, at least
 _STEPS = 1_000  # of a picture that never ends by itself
 _QUIET = 0.5  # seconds without a step: the turn is another client's
 _COMPUTED = 0.1  # seconds that ranks have computed: they are in the midst of it
@@ -118,6 +119,7 @@ class Clients:
     vae: VaeFile
     filled: threading.Event = field(default_factory=threading.Event)  # a fill may go on
     expected: dict[str, Tensor] = field(default_factory=dict)
+    sides: dict[str, int] = field(default_factory=lambda: dict(_SIDES))
     _late: Attachment | None = None
 
     @classmethod
@@ -132,13 +134,22 @@ class Clients:
             scene.user(name="drawer") as drawer,
         ):
             clients = cls(scene, user, decoder, drawer, vae)
+            clients._choose_sides()
             clients.expected = {
                 "small forward": large.alone(comfy_inputs(LARGE)),
                 "forward": clients.forward(),
-                **{name: clients.decode(name) for name in _SIDES},
+                **{name: clients.decode(name) for name in ("decode", "small decode")},
             }
             clients.check()
             yield clients
+
+    def _choose_sides(self) -> None:
+        for name, call in (("forward", self.forward), ("decode", self.decode)):
+            call()  # the first does more
+            began = time.monotonic()
+            call()
+            longer = _AWHILE / (time.monotonic() - began)
+            self.sides[name] = 8 * round(_SIDES[name] * max(1.0, math.sqrt(longer)) / 8)
 
     @property
     def users(self) -> list[User]:
@@ -173,12 +184,14 @@ class Clients:
     # --- what they do
 
     def forward(self) -> Tensor:
-        """A forward of about a second."""
-        return self.user.forward(comfy_inputs(LARGE, **_SECOND), timeout=_PATIENCE)
+        """A forward of a while."""
+        side = self.sides["forward"]
+        inputs = comfy_inputs(LARGE, height=side, width=side, text=64, batch=2)
+        return self.user.forward(inputs, timeout=_PATIENCE)
 
     def decode(self, name: str = "decode") -> Tensor:
-        """A decode of about a second, or a small one."""
-        generator, side = torch.Generator().manual_seed(1), _SIDES[name]
+        """A decode of a while, or a small one."""
+        generator, side = torch.Generator().manual_seed(1), self.sides[name]
         latent = torch.randn((1, 16, side, side), generator=generator)
         components = {"vae": self.decoder.fingerprint}
         job = m.Decode(components=components, tensors=[], compute="F32")
