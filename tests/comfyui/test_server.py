@@ -80,9 +80,13 @@ def test_progress_and_previews_arrive(server: ComfyServer, metadata: bool, binar
         server.wait(prompt_id)
         last = listener.wait_until_done(prompt_id)
 
-        progress = [e for e in listener.named("progress") if e.data["node"] == "sampler"]
-        previews = listener.named("preview")
-        executed = [event.data["node"] for event in listener.named("executing", prompt_id)]
+        # What another test left may still be running before it.
+        told = listener.named("progress", prompt_id)
+        progress = [event for event in told if event.data["node"] == "sampler"]
+        executing = listener.named("executing", prompt_id)
+        executed = [event.data["node"] for event in executing]
+        began = executing[executed.index("sampler")].at
+        previews = [event for event in listener.named("preview") if event.at >= began]
     assert [event.data["value"] for event in progress] == [1, 2, 3, 4, 5]
     assert {event.data["max"] for event in progress} == {5}
     assert len(previews) == 5
