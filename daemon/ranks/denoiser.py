@@ -217,7 +217,7 @@ class Denoiser:
     def by_nccl(self) -> str | None:
         """Why ranks exchange by NCCL, where copy engines should; as far as it is known yet."""
         reasons = (self._no_copies, *(context.no_copies for context in self._contexts.values()))
-        return next(filter(None, reasons), None)
+        return next((reason[:_LONGEST_REASON] for reason in reasons if reason), None)
 
     @property
     def copied_bytes(self) -> int:
@@ -311,7 +311,7 @@ class Denoiser:
         try:
             return PeerCopies.on_gpu(self._group.device, patience, group)
         except CudaUnavailable as error:
-            self._no_copies = str(error)[:_LONGEST_REASON]
+            self._no_copies = str(error)
             return None
 
     def _stack(self, options: DenoiserOptions, config: FluxConfig) -> LoraStack | None:

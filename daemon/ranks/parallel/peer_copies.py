@@ -29,7 +29,6 @@ from .ulysses import Attend
 
 _PROOF_BYTES = 1 << 20
 _SMALLEST = 64 << 10  # bytes of a place
-_LONGEST_REASON = 200
 
 
 class _Verdict(enum.IntEnum):
@@ -112,7 +111,7 @@ class PeerCopies:
         """Why there is no exchange for what is larger than before, or at all."""
         if self._verdict is _Verdict.FIT:
             return None
-        return self._reason[:_LONGEST_REASON] or "another rank cannot, and says why"
+        return self._reason or "another rank cannot, and says why"
 
     @property
     def nbytes(self) -> int:

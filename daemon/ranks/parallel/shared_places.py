@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -87,7 +88,8 @@ class SharedPlaces:
                 self._driver.copy_on_device_async(target, source, part, stream)
                 if peer != self._rank:
                     self._driver.write_value(self._flag(peer, number, self._rank), 1, stream)
-        place = self._view(self._place(self._rank, number), packed.nbytes)
+        start = self._offset(number)
+        place = self._own[start : start + packed.nbytes]
         return place.view(packed.dtype).view(packed.shape)
 
     def receive(self, numbers: Sequence[int]) -> None:
@@ -123,16 +125,21 @@ class SharedPlaces:
             self._driver.mem_free(self._addresses[self._rank])
 
     def _place(self, rank: int, number: int) -> int:
-        return self._addresses[rank] + _FLAGS_BYTES + number * self.capacity
+        return self._addresses[rank] + self._offset(number)
+
+    def _offset(self, number: int) -> int:
+        return _FLAGS_BYTES + number * self.capacity
 
     def _flag(self, rank: int, number: int, sender: int) -> int:
         return self._addresses[rank] + (number * MOST_WAYS + sender) * len(CLEAR)
 
-    def _view(self, address: int, nbytes: int) -> Tensor:
-        """(nbytes,) uint8, not a copy."""
+    @cached_property
+    def _own(self) -> Tensor:
+        """(bytes,) uint8, not a copy; made once, not for each tensor that is sent."""
+        address = self._addresses[self._rank]
         if self._device.type == "cpu":  # of a driver whose devices are the host's memory
-            return torch.frombuffer(self._driver.view_host(address, nbytes), dtype=torch.uint8)
-        return torch.as_tensor(_DeviceBytes(address, nbytes), device=self._device)
+            return torch.frombuffer(self._driver.view_host(address, self.nbytes), dtype=torch.uint8)
+        return torch.as_tensor(_DeviceBytes(address, self.nbytes), device=self._device)
 
 
 class _DeviceBytes:
