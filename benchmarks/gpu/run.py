@@ -28,7 +28,7 @@ from machine import describe_run  # noqa: E402
 _FORKS = "tests/ranks/service/test_fork_server.py"
 TESTS = ["-n", "4", "tests/regions", "tests/sharing", "tests/health", _FORKS]
 # In a process of its own, as torch computes on the GPU in it, and with the allocator of ranks.
-TESTS_IN_TORCH = ["tests/ranks/test_recorded_forward.py"]
+TESTS_IN_TORCH = ["tests/ranks/test_recorded_forward.py", "tests/ranks/test_kernels.py"]
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 STAGE_SECONDS = 535
 Stage = Callable[[Path, dict[str, str]], int]

@@ -8,12 +8,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
+from ..kernels.joined_mlp import make_room
+from ..kernels.plain import Projected
+from ..kernels.rotated_heads import rotate_heads
 from .attention_backend import choose_backend
 from .splits import TokenSplit
-from .ulysses import HeadExchange, Make, begin_by_heads
+from .ulysses import HeadExchange, Make, begin_by_heads, pack
 
 
 class Exchange:
@@ -33,14 +35,15 @@ class Exchange:
 
         ``of``: what they are made of, one or two tensors.
         """
-        return self.attend(query(), key(), value())
+        return self.attend(query(1)[0], key(1)[0], value(1)[0])
 
-    def finish(self, begun: Tensor, after: Tensor | None = None) -> Tensor:
-        """What :meth:`attend` gives, of what :meth:`begin` gave.
+    def finish(self, begun: Tensor, after: Tensor | None = None, room: int = 0) -> Tensor:
+        """(batch, own tokens, width + room): what :meth:`attend` gives, of what :meth:`begin` gave.
 
-        ``after``: what is to be computed while it is under way.
+        ``after``: what is to be computed while it is under way; ``room``: columns behind for
+        others, which are not set.
         """
-        return begun
+        return make_room(begun, room)
 
 
 Kernel = Callable[..., tuple[Tensor, ...]]
@@ -109,9 +112,11 @@ class SequenceExchange(Exchange):
             return super().begin(query, key, value, of)
         return begin_by_heads(self.by_heads, self.image.ways, query, key, value, of)
 
-    def finish(self, begun: Tensor, after: Tensor | None = None) -> Tensor:
+    def finish(self, begun: Tensor, after: Tensor | None = None, room: int = 0) -> Tensor:
         """See `Exchange.finish`."""
-        return begun if self.by_heads is None else self.by_heads.receive(begun)
+        if self.by_heads is None:
+            return super().finish(begun, room=room)
+        return self.by_heads.receive(begun, room=room)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `Exchange.attend`; by USP, of which `begin` makes no use where it is by heads."""
@@ -177,7 +182,7 @@ class FluxExchangeProcessor:
         begun = begin_attention(
             attn, hidden_states, encoder_hidden_states, image_rotary_emb, exchange
         )
-        output = exchange.finish(begun).flatten(2, 3).to(hidden_states.dtype)
+        output = exchange.finish(begun).to(hidden_states.dtype)
         if encoder_hidden_states is None:
             return output
         length = encoder_hidden_states.shape[1]
@@ -186,7 +191,11 @@ class FluxExchangeProcessor:
 
 
 def begin_attention(
-    attn: Any, image: Tensor, text: Tensor | None, rotation: Any, exchange: Exchange
+    attn: Any,
+    image: Tensor,
+    text: Tensor | None,
+    rotation: tuple[Tensor, Tensor],
+    exchange: Exchange,
 ) -> Tensor:
     """What `Exchange.begin` gives for a ``FluxAttention`` of diffusers.
 
@@ -194,27 +203,25 @@ def begin_attention(
     exchange asks for it. Arguments as in `FluxExchangeProcessor`.
     """
 
-    def project(of_image: Any, of_text: Any, norm: Any = None, norm_text: Any = None) -> Tensor:
-        heads = of_image(image).unflatten(-1, (-1, attn.head_dim))
-        heads = heads if norm is None else norm(heads)
-        if text is not None:
-            before = of_text(text).unflatten(-1, (-1, attn.head_dim))
-            before = before if norm_text is None else norm_text(before)
-            heads = torch.cat([before, heads], dim=1)
-        if norm is not None and rotation is not None:
-            heads = apply_rotary_emb(heads, rotation, sequence_dim=1)
-        return heads  # type: ignore[no-any-return]
+    def project(layer: str, norm: str, tokens: Tensor) -> Projected:
+        weight = getattr(attn, norm).weight
+        return Projected(getattr(attn, layer)(tokens), weight.to(tokens.dtype))
 
-    if text is None:
-        return exchange.begin(
-            lambda: project(attn.to_q, None, attn.norm_q),
-            lambda: project(attn.to_k, None, attn.norm_k),
-            lambda: project(attn.to_v, None),
-            (image,),
-        )
-    return exchange.begin(
-        lambda: project(attn.to_q, attn.add_q_proj, attn.norm_q, attn.norm_added_q),
-        lambda: project(attn.to_k, attn.add_k_proj, attn.norm_k, attn.norm_added_k),
-        lambda: project(attn.to_v, attn.add_v_proj),
-        (image, text),
-    )
+    def rotated(name: str) -> Make:
+        def make(ways: int) -> Tensor:
+            of_image = project(f"to_{name}", f"norm_{name}", image)
+            of_text = None
+            if text is not None:
+                of_text = project(f"add_{name}_proj", f"norm_added_{name}", text)
+            return rotate_heads(of_image, of_text, rotation, ways, attn.norm_q.eps)
+
+        return make
+
+    def value(ways: int) -> Tensor:
+        values = attn.to_v(image)
+        if text is not None:
+            values = torch.cat([attn.add_v_proj(text), values], dim=1)
+        return pack(values.unflatten(-1, (-1, attn.head_dim)), ways)
+
+    of = (image,) if text is None else (image, text)
+    return exchange.begin(rotated("q"), rotated("k"), value, of)

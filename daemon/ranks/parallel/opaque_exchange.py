@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,15 +64,16 @@ class OpaqueExchange(Exchange):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `Exchange.attend`."""
-        return self.finish(self.begin(lambda: query, lambda: key, lambda: value, (query,)))
+        begun = self.begin(partial(pack, query), partial(pack, key), partial(pack, value), (query,))
+        return self.finish(begun).view(query.shape)
 
     def begin(self, query: Make, key: Make, value: Make, of: Sequence[Tensor]) -> Tensor:
         """See `Exchange.begin`."""
         return begin_by_heads(_OPERATORS, self.ways, query, key, value, of)
 
-    def finish(self, begun: Tensor, after: Tensor | None = None) -> Tensor:
+    def finish(self, begun: Tensor, after: Tensor | None = None, room: int = 0) -> Tensor:
         """See `Exchange.finish`."""
-        return _OPERATORS.receive(begun, after)
+        return _OPERATORS.receive(begun, after, room)
 
 
 class _Operators:
@@ -87,8 +89,8 @@ class _Operators:
         output: Tensor = torch.ops.xdit_sidecar.exchange_attend(*query, *key, *value)
         return output
 
-    def receive(self, output: Tensor, after: Tensor | None) -> Tensor:
-        received: Tensor = torch.ops.xdit_sidecar.exchange_receive(output, after)
+    def receive(self, output: Tensor, after: Tensor | None, room: int) -> Tensor:
+        received: Tensor = torch.ops.xdit_sidecar.exchange_receive(output, after, room)
         return received
 
 
@@ -125,14 +127,16 @@ def _attend(*tensors: Tensor) -> Tensor:
     return pack(output, query.packed.shape[0])
 
 
-def _receive(output: Tensor, after: Tensor | None) -> Tensor:
+def _receive(output: Tensor, after: Tensor | None, room: int) -> Tensor:
     by_heads = _current[-1].exchange.by_heads
-    return unpack_copy(output) if by_heads is None else by_heads.receive(output)
+    if by_heads is None:
+        return unpack_copy(output, room)
+    return by_heads.receive(output, room=room)
 
 
-def _describe_received(output: Tensor, after: Tensor | None) -> Tensor:
+def _describe_received(output: Tensor, after: Tensor | None, room: int) -> Tensor:
     ways, batch, count, heads, size = output.shape
-    return output.new_empty([batch, count, ways * heads, size])
+    return output.new_empty([batch, count, ways * heads * size + room])
 
 
 _SENT = "Tensor {0}_packed, Tensor {0}_received"
@@ -148,5 +152,7 @@ define_operator(
     lambda packed, *others: packed.new_empty(packed.shape),
 )
 define_operator(
-    "exchange_receive(Tensor output, Tensor? after) -> Tensor", _receive, _describe_received
+    "exchange_receive(Tensor output, Tensor? after, int room) -> Tensor",
+    _receive,
+    _describe_received,
 )

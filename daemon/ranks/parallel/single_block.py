@@ -8,6 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from torch import Tensor
 
+from ..kernels.joined_mlp import activate_into
 from .attention import LocalExchange, begin_attention
 
 _LARGEST_FP16 = 65504
@@ -34,8 +35,9 @@ class OverlappingSingleBlock(FluxSingleTransformerBlock):
         normed, gate = self.norm(tokens, emb=temb)
         begun = begin_attention(self.attn, normed, None, image_rotary_emb, exchange)
         mlp = self.proj_mlp(normed)
-        attention = exchange.finish(begun, after=mlp).flatten(2, 3).to(normed.dtype)
-        change = self.proj_out(torch.cat([attention, self.act_mlp(mlp)], dim=2))
+        joined = exchange.finish(begun, after=mlp, room=mlp.shape[2]).to(normed.dtype)
+        activate_into(joined, mlp, joined.shape[2] - mlp.shape[2])
+        change = self.proj_out(joined)
         tokens = tokens + gate.unsqueeze(1) * change
         if tokens.dtype == torch.float16:
             tokens = tokens.clip(-_LARGEST_FP16, _LARGEST_FP16)

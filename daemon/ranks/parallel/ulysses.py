@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-Make = Callable[[], Tensor]
+Make = Callable[[int], Tensor]  # packed, for as many ranks
 
 
 def pack(tokens: Tensor, ways: int) -> Tensor:
@@ -31,12 +31,14 @@ def unpack(packed: Tensor) -> Tensor:
     return packed.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def unpack_copy(packed: Tensor) -> Tensor:
-    """What :func:`unpack` gives, in memory of its own."""
+def unpack_copy(packed: Tensor, room: int = 0) -> Tensor:
+    """(P, B, S, h, D) → (B, S, H·D + room), in memory of its own; the last columns are not set."""
     ways, batch, count, heads, size = packed.shape
-    tokens = packed.new_empty(batch, count, ways * heads, size)
-    target = tokens.view(batch, count, ways, heads, size)
-    if size * packed.element_size() % 8 == 0:  # fewer and longer pieces, which a GPU copies faster
+    width = ways * heads * size
+    tokens = packed.new_empty(batch, count, width + room)
+    target = tokens[..., :width].view(batch, count, ways, heads, size)
+    # Fewer and longer pieces, which a GPU copies faster.
+    if all(columns * packed.element_size() % 8 == 0 for columns in (size, room)):
         packed, target = packed.view(torch.int64), target.view(torch.int64)
     target.copy_(packed.permute(1, 2, 0, 3, 4))
     return tokens
@@ -63,10 +65,10 @@ class HeadSteps(Protocol):
         """Attend, and send the output to whose tokens it is of: packed, it may not be there yet."""
         ...
 
-    def receive(self, output: Tensor, after: Tensor | None) -> Tensor:
-        """(B, S, H, D) of what :meth:`attend` gave, of the rank's own tokens.
+    def receive(self, output: Tensor, after: Tensor | None, room: int) -> Tensor:
+        """(B, S, H·D + room) of what :meth:`attend` gave, of the rank's own tokens.
 
-        Waited for ``after`` that is computed.
+        Waited for ``after`` that is computed. The last columns are not set.
         """
         ...
 
@@ -74,13 +76,13 @@ class HeadSteps(Protocol):
 def begin_by_heads(
     steps: HeadSteps, ways: int, query: Make, key: Make, value: Make, of: Sequence[Tensor]
 ) -> Tensor:
-    """What `HeadSteps.receive` takes, of what makes (B, S, H, D); each travels during the next.
+    """What `HeadSteps.receive` takes; each tensor travels while the next is made.
 
     ``of``: what they are made of. The value goes first: once it is projected it is ready.
     """
-    value_sent = steps.send(pack(value(), ways), None, of)
-    key_sent = steps.send(pack(key(), ways), value_sent, of)
-    query_sent = steps.send(pack(query(), ways), key_sent, of)
+    value_sent = steps.send(value(ways), None, of)
+    key_sent = steps.send(key(ways), value_sent, of)
+    query_sent = steps.send(query(ways), key_sent, of)
     return steps.attend(query_sent, key_sent, value_sent)
 
 
@@ -113,13 +115,13 @@ class HeadExchange:
         output = self._attend(*tensors).reshape(batch, ways, count, heads, size)
         return self._send(output.transpose(0, 1).contiguous())
 
-    def receive(self, output: Tensor, after: Tensor | None = None) -> Tensor:
+    def receive(self, output: Tensor, after: Tensor | None = None, room: int = 0) -> Tensor:
         """See `HeadSteps.receive`.
 
         In memory of its own: compiled code that reads what is packed is ten times as slow.
         """
         self.join()
-        return unpack_copy(self._arrived(output))
+        return unpack_copy(self._arrived(output), room)
 
     def join(self) -> None:
         """Have what the device does next wait for what is under way."""

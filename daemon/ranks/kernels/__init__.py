@@ -1,0 +1,1 @@
+"""What FLUX's blocks compute between products, as one kernel each where there is Triton."""
