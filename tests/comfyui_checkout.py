@@ -9,7 +9,6 @@ installed in the Python that runs the tests.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from provided_once import provide_once
 
 OTHER = "XDIT_COMFYUI_DIR"
 _ROOT = Path(__file__).resolve().parent.parent
@@ -45,17 +45,7 @@ def comfyui() -> Path:
 
 @cache  # a failure, too: without a network each attempt takes long
 def _provide() -> Path | str:
-    target = _CACHE / _SHA256[:16]
-    _CACHE.mkdir(parents=True, exist_ok=True)
-    # pytest-xdist's workers: one downloads, the others wait for it.
-    with (_CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            try:
-                _download(target)
-            except (OSError, subprocess.SubprocessError, zipfile.BadZipFile) as error:
-                return str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
-    return target
+    return provide_once(_CACHE / _SHA256[:16], _download)
 
 
 def _download(target: Path) -> None:

@@ -6,7 +6,6 @@ for CPUs comes without it, and xfuser has to be able to do so as well.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from provided_once import provide_once
 
 _CACHE = Path(__file__).resolve().parent.parent / ".cache" / "triton"
 _WANTED = "triton==3.6.0"
@@ -31,16 +31,8 @@ def triton_folder() -> Path:
 
 @cache  # a failure, too: without a network each attempt takes long
 def _provide() -> Path | str:
-    target = _CACHE / f"{_WANTED.partition('==')[2]}-{sys.implementation.cache_tag}"
-    _CACHE.mkdir(parents=True, exist_ok=True)
-    with (_CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            try:
-                _install(target)
-            except (OSError, subprocess.SubprocessError) as error:
-                return str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
-    return target
+    version = _WANTED.partition("==")[2]
+    return provide_once(_CACHE / f"{version}-{sys.implementation.cache_tag}", _install)
 
 
 def _install(target: Path) -> None:
